@@ -1,0 +1,29 @@
+"""What every source of data becomes before it is tokenised: a conversation of turns."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+    learn: bool = True
+    """Assistant turns: does the loss count this one? False where another conversation teaches it already."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    key: str
+    """Names the conversation in `--ids` files and reports."""
+    ids: tuple[str, ...]
+    """The source's message ids that it was made of."""
+    group: str
+    """The tree it comes from: splits are cut, and intervals resampled, by this."""
+    turns: tuple[Turn, ...]
+    language: str | None = None
+
+    def without_open_end(self) -> "Conversation | None":
+        """Ends on an assistant turn: user turns after the last one have no answer to learn. None if nothing is left."""
+        last = max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=-1)
+        return replace(self, turns=self.turns[: last + 1]) if last >= 0 else None
