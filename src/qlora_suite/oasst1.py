@@ -1,0 +1,294 @@
+"""OASST messages -> trees -> conversations.
+
+OASST is a forest. Each message names its parent; replies to one message compete, and people ranked them (0 is best):
+
+    P1 ─┬─ A1 (rank 1) ─── P2 ─── A3
+        └─ A2 (rank 0) ─── P3                 P: prompter, A: assistant; written top to bottom in the file
+
+A *policy* says which conversations are taken from it. From the tree above:
+
+    policy           conversations                                key   ids
+    best_path        P1 A2 P3                                     P1    P1 A2 P3
+    joined_replies   "P1" -> "A1 A2"      "P1 P2" -> "A3"         P1    A1 A2
+    best_replies     P1 A2                                        P1    A2
+    all_replies      P1 A1    P1 A2    P2 A3                      P1    A1
+    all_paths        P1 A1 P2 A3    P1 A2 P3                      A3    P1 A1 P2 A3
+    each_message     P1    A1    P2    A3    A2    P3             P1    P1
+
+(`key` and `ids` of the first conversation; best_path's key is the tree's id, which is also its root's.) Trees and the
+replies to one message are taken in file order, and a tree is walked depth first, so the same data gives the same list.
+A conversation may end on a prompter (`best_path` above): `Conversation.without_open_end` takes that turn off later.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.recipe import Filters, Policy
+
+Message = dict[str, Any]
+ROLES = {"prompter": "user", "assistant": "assistant"}
+_FROM_THE_ROOT = ("best_path", "joined_replies", "all_paths")
+_PAIRS = ("best_replies", "all_replies")
+
+
+def conversations(messages: list[Message], policy: Policy, filters: Filters | None) -> tuple[list[Conversation], Counter[str]]:
+    """The policy's conversations, and the number of messages dropped by each reason.
+
+    Every message is kept or dropped by exactly one reason: kept = len(messages) - dropped.total(). A kept message need not
+    stand in a conversation (`best_path` passes most of them by).
+
+    Raises ValueError if the messages are no forest: an id missing or used twice, a parent in another tree, a circle.
+    """
+    by_id = _by_id(messages)
+    order = _depth_first(by_id)
+    reasons = _dropped(order, by_id, policy, filters)
+    forest = {i: m for i, m in order.items() if i not in reasons}
+    dropped = Counter(reasons.values())
+    assert len(messages) == len(forest) + dropped.total()
+    return list(_POLICIES[policy](forest)), dropped
+
+
+def ids_line(conversation: Conversation) -> str:
+    """`key<TAB>id id id`, without a newline: one line of an `--ids` file."""
+    return f"{conversation.key}\t{' '.join(conversation.ids)}"
+
+
+def split_of(group: str, share: float, salt: str) -> bool:
+    """Is this tree held out? True for about `share` (0 to 1) of all groups.
+
+    The first 8 bytes of sha256(salt, a zero byte, group), read as a fraction of 2**64, are below the share. So a tree's side
+    depends on nothing but its id and the salt: not on the order, nor on which other trees there are; and what is held out
+    at a small share is still held out at a larger one. Another salt gives an independent cut.
+    """
+    digest = hashlib.sha256(f"{salt}\0{group}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+# --- messages -> forest
+
+
+def _by_id(messages: list[Message]) -> dict[str, Message]:
+    """The messages by id, in file order."""
+    by_id: dict[str, Message] = {}
+    for number, message in enumerate(messages, 1):
+        for key in ("message_id", "message_tree_id"):
+            if not isinstance(message.get(key), str):
+                raise ValueError(f"OASST message number {number} has {key} {message.get(key)!r}, which must be a string; repair the file")
+        if not isinstance(message.get("parent_id"), str | None):
+            raise ValueError(
+                f"OASST message number {number} has parent_id {message['parent_id']!r}, which must be a string or null; repair the file"
+            )
+        if message["message_id"] in by_id:
+            raise ValueError(
+                f"OASST message {message['message_id']} stands twice in the data (again as number {number}); "
+                "give each file once, and not both the flat messages and the trees of one export"
+            )
+        by_id[message["message_id"]] = message
+    return by_id
+
+
+def _depth_first(by_id: dict[str, Message]) -> dict[str, Message]:
+    """The messages, parents before children, each tree in one piece; tops and siblings in file order."""
+    children: dict[str, list[Message]] = defaultdict(list)
+    tops = []
+    for message in by_id.values():
+        parent = by_id.get(message.get("parent_id") or "")
+        if parent is None:
+            tops.append(message)
+            continue
+        if parent["message_tree_id"] != message["message_tree_id"]:
+            raise ValueError(
+                f"OASST message {message['message_id']} is in another tree than its parent {parent['message_id']}; repair the file"
+            )
+        children[parent["message_id"]].append(message)
+    order = {}
+    stack = tops[::-1]
+    while stack:
+        message = stack.pop()
+        order[message["message_id"]] = message
+        stack += reversed(children[message["message_id"]])
+    if len(order) < len(by_id):
+        # A circle has no top, so the walk never came to it.
+        lost = next(i for i in by_id if i not in order)
+        raise ValueError(f"OASST message {lost} is, or comes below, a message that is its own ancestor; repair its parent_id")
+    return order
+
+
+# --- what is left out, and why
+
+
+def _dropped(order: dict[str, Message], by_id: dict[str, Message], policy: Policy, filters: Filters | None) -> dict[str, str]:
+    """{message id: the reason why it is dropped}. Its own reason comes before its parent's."""
+    reasons: dict[str, str] = {}
+    for i, message in order.items():
+        parent = message.get("parent_id")
+        reason = _unreadable(message) or (filters and _filtered(message, filters))
+        if not reason and policy in _FROM_THE_ROOT and parent and parent not in by_id:
+            reason = "parent missing"
+        if not reason and parent in reasons:
+            reason = "parent dropped"
+        if reason:
+            reasons[i] = reason
+    if policy in _PAIRS:
+        reasons |= _without_pair({i: m for i, m in order.items() if i not in reasons}, by_id, policy)
+    return reasons
+
+
+def _without_pair(forest: dict[str, Message], by_id: dict[str, Message], policy: Policy) -> dict[str, str]:
+    """Pairs look no further than one reply and its prompt, so what is dropped here leaves the rest of its branch alone.
+
+    `all_replies` has conditions of its own, whatever the filters: both messages English, not deleted, not failed in review.
+    """
+    english = Filters(languages=("en",), drop_synthetic=False)
+    reasons = {}
+    for i, message in forest.items():
+        reason = _filtered(message, english) if policy == "all_replies" else None
+        parent = message.get("parent_id")
+        if not reason and message["role"] == "assistant" and parent not in forest:
+            reason = "parent missing" if parent not in by_id else "parent dropped"
+        if not reason and message["role"] == "assistant" and parent in reasons:
+            reason = "parent dropped"
+        if reason:
+            reasons[i] = reason
+    return reasons
+
+
+def _unreadable(message: Message) -> str | None:
+    if not isinstance(message.get("text"), str):
+        return "no text"
+    return None if message.get("role") in tuple(ROLES) else "unknown role"
+
+
+def _filtered(message: Message, filters: Filters) -> str | None:
+    """The first filter that the message does not pass. Lengths are in characters, without white space at the edges."""
+    chars = len(message["text"].strip())
+    if filters.languages is not None and message.get("lang") not in filters.languages:
+        return "language"
+    if filters.drop_deleted and message.get("deleted"):
+        return "deleted"
+    if filters.drop_synthetic and message.get("synthetic"):
+        return "synthetic"
+    if filters.drop_failed_review and message.get("review_result") is False:
+        return "failed review"
+    if chars < filters.min_chars:
+        return "too short"
+    if filters.max_chars is not None and chars > filters.max_chars:
+        return "too long"
+    return None
+
+
+# --- forest -> conversations: every function takes the kept messages by id, in depth-first order
+
+
+def _best_path(forest: dict[str, Message]) -> Iterator[Conversation]:
+    """One path from each root: at every branch the lowest rank, no rank last, then the earliest, then file order."""
+    replies = _replies(forest)
+    for root in forest.values():
+        if root.get("parent_id"):
+            continue
+        path = [root]
+        while replies[path[-1]["message_id"]]:
+            path.append(min(replies[path[-1]["message_id"]], key=_preference))
+        yield _conversation(root["message_tree_id"], path, path, [_turn(m) for m in path])
+
+
+def _joined_replies(forest: dict[str, Message]) -> Iterator[Conversation]:
+    """Each prompt that has replies, with all of them joined by a space in file order.
+
+    A later prompt stands behind its tree's first prompt, also joined by a space; what was said between is left out.
+    """
+    replies = _replies(forest)
+    for prompt in forest.values():
+        answers = [m for m in replies[prompt["message_id"]] if m["role"] == "assistant"]
+        if prompt["role"] != "prompter" or not answers:
+            continue
+        root = _path(prompt, forest)[0]
+        prompts = [prompt] if root is prompt else [root, prompt]
+        turns = [Turn("user", " ".join(m["text"] for m in prompts)), Turn("assistant", " ".join(m["text"] for m in answers))]
+        yield _conversation(prompt["message_id"], answers, [*prompts, *answers], turns)
+
+
+def _best_replies(forest: dict[str, Message]) -> Iterator[Conversation]:
+    """Each reply of rank 0 with its prompt. A reply that nobody ranked is left out."""
+    return (pair for reply, pair in _pairs(forest) if reply.get("rank") == 0)
+
+
+def _all_replies(forest: dict[str, Message]) -> Iterator[Conversation]:
+    """Each reply with its prompt (see `_without_pair` for the conditions on both)."""
+    return (pair for _, pair in _pairs(forest))
+
+
+def _all_paths(forest: dict[str, Message]) -> Iterator[Conversation]:
+    """Every path from a root to a leaf. An assistant message is learnt on the first path that holds it, context on others."""
+    replies = _replies(forest)
+    learnt: set[str] = set()
+    for leaf in forest.values():
+        if replies[leaf["message_id"]]:
+            continue
+        path = _path(leaf, forest)
+        turns = [_turn(m, learn=m["message_id"] not in learnt) for m in path]
+        learnt |= {m["message_id"] for m in path if m["role"] == "assistant"}
+        yield _conversation(leaf["message_id"], path, path, turns)
+
+
+def _each_message(forest: dict[str, Message]) -> Iterator[Conversation]:
+    """Every message's text alone, prompts too, for `chat.format: text`, which has no roles and learns everything."""
+    for message in forest.values():
+        yield _conversation(message["message_id"], [message], [message], [Turn("assistant", message["text"])])
+
+
+_POLICIES: dict[Policy, Callable[[dict[str, Message]], Iterator[Conversation]]] = {
+    "best_path": _best_path,
+    "joined_replies": _joined_replies,
+    "best_replies": _best_replies,
+    "all_replies": _all_replies,
+    "all_paths": _all_paths,
+    "each_message": _each_message,
+}
+
+
+def _pairs(forest: dict[str, Message]) -> Iterator[tuple[Message, Conversation]]:
+    for reply in forest.values():
+        prompt = forest.get(reply.get("parent_id") or "")
+        if reply["role"] == "assistant" and prompt is not None and prompt["role"] == "prompter":
+            yield reply, _conversation(prompt["message_id"], [reply], [prompt, reply], [_turn(prompt), _turn(reply)])
+
+
+def _replies(forest: dict[str, Message]) -> defaultdict[str, list[Message]]:
+    """{message id: the messages that answer it}, in file order."""
+    replies = defaultdict(list)
+    for message in forest.values():
+        replies[message.get("parent_id")].append(message)
+    return replies
+
+
+def _path(message: Message, forest: dict[str, Message]) -> list[Message]:
+    """The messages from the root down to this one."""
+    path = [message]
+    while path[-1].get("parent_id"):
+        path.append(forest[path[-1]["parent_id"]])
+    return path[::-1]
+
+
+def _preference(message: Message) -> tuple[bool, int, str]:
+    rank = message.get("rank")
+    return rank is None, rank or 0, str(message.get("created_date"))
+
+
+def _turn(message: Message, learn: bool = True) -> Turn:
+    return Turn(ROLES[message["role"]], message["text"], learn)
+
+
+def _conversation(key: str, named: list[Message], held: list[Message], turns: list[Turn]) -> Conversation:
+    """`named`: the messages whose ids stand in its line; `held`: all that its text was made of. Its language is theirs, if they agree."""
+    languages = {m.get("lang") for m in held}
+    return Conversation(
+        key=key,
+        ids=tuple(m["message_id"] for m in named),
+        group=held[0]["message_tree_id"],
+        turns=tuple(turns),
+        language=languages.pop() if len(languages) == 1 else None,
+    )
