@@ -219,6 +219,9 @@ class Checkpoints(Section):
     """How many of the newest stay; the best on the development split stays as well."""
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
+
+
 class Tracking(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"], ...] = free(
         ()
@@ -257,9 +260,7 @@ class Recipe(Section):
         problems = []
         if self.adapter == "none":
             if self.model.quantization != "none":
-                problems.append(
-                    f"adapter: none trains every weight, which {self.model.quantization} weights do not allow; set model.quantization: none"
-                )
+                problems.append(f"adapter: none trains every weight, which {self.model.quantization} forbids; set model.quantization: none")
         else:
             if self.model.random_init:
                 problems.append("model.random_init makes sense with adapter: none alone")
@@ -267,7 +268,7 @@ class Recipe(Section):
                 problems.append("output.final_dtype has an effect with adapter: none alone; adapters are saved as they were trained")
             if self.adapter.init not in ("default", "gaussian") and self.model.quantization != "none":
                 problems.append(
-                    f"adapter.init: {self.adapter.init} rewrites or needs the unquantised base; use default or gaussian, or model.quantization: none"
+                    f"adapter.init: {self.adapter.init} needs an unquantised base; use default or gaussian, or model.quantization: none"
                 )
         if self.data.too_long == "split" and self.chat.format != "text":
             problems.append("data.too_long: split is for chat.format: text; a conversation is never split, use truncate or drop")
@@ -375,7 +376,7 @@ def _complaints(error: Any) -> list[str]:
     fields, path, section = Recipe.model_fields, [], Recipe
     for part in error["loc"]:
         # pydantic adds the name of the union's branch ("Adapter", "literal['none']") to the path; a person did not write it
-        if part in fields or isinstance(part, int) or error["type"] == "extra_forbidden" and part == error["loc"][-1]:
+        if part in fields or isinstance(part, int) or (error["type"] == "extra_forbidden" and part == error["loc"][-1]):
             path.append(str(part))
             inner = _section_of(fields[part].annotation) if part in fields else None
             if inner is not None:

@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""Turn raw data into the packed rows that scripts/train.py reads, and print where every message went.
+
+    python scripts/prepare_data.py recipes/quickstart.yaml
+    python scripts/prepare_data.py recipes/quickstart.yaml data.policy=best_path --ids ids.tsv --export-jsonl chats.jsonl
+
+Runs once, on one process, without a GPU. Run again it says that the data is up to date, or makes it anew if the recipe or a
+source file has changed. Writes the recipe's data.prepared folder: train.arrow, dev.arrow, validation.arrow, tokenizer/, manifest.json.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from qlora_suite import dataset
+from qlora_suite.chat import Renderer
+from qlora_suite.command_line import parser_for, with_clear_errors
+from qlora_suite.preparation import SPLITS, prepare, select, write_ids, write_messages
+from qlora_suite.recipe import Recipe, load
+from qlora_suite.rendered import Rendered
+from qlora_suite.tracking import console, say
+
+LABELS = {
+    "trees": "trees",
+    "conversations": "conversations taken by the policy",
+    "unanswered": "  dropped: no assistant turn",
+    "nothing_new": "  dropped: every answer is learnt through another path",
+    "dropped_too_long": "  dropped: too long",
+    "kept": "conversations kept",
+    "open_ends": "  of them, cut before a last unanswered prompt",
+    "cut_conversations": "  of them, cut at max_length",
+    "cut_tokens": "  supervised tokens cut",
+    "system_moved": "system turns moved into a user turn",
+    "marker_texts": "texts in messages that look like a role marker",
+    "rows": "rows",
+    "tokens": "tokens",
+    "supervised": "supervised tokens",
+}
+ALWAYS = ("trees", "conversations", "kept", "rows", "tokens", "supervised")
+
+
+def run(recipe: Recipe, ids: str | None, export: str | None) -> None:
+    manifest = None
+    try:
+        manifest = dataset.load_manifest(recipe)
+    except ValueError as why:
+        say(f"preparing {recipe.data.prepared} ({str(why).partition(';')[0]})")
+    if manifest is None or ids or export:
+        selection = select(recipe.data)
+        if ids:
+            write_ids(Path(ids), selection.splits)
+            say(f"wrote {ids}: {sum(map(len, selection.splits.values())):,} lines")
+        if export:
+            write_messages(Path(export), selection.splits)
+            say(f"wrote {export}")
+    if manifest is not None:
+        show_funnel(manifest["counts"], recipe)
+        say(f"{recipe.data.prepared} is up to date")
+        return
+    manifest, (renderer, example) = prepare(recipe, selection, progress)
+    show_funnel(manifest["counts"], recipe)
+    if example is not None:
+        show_example(renderer, example)
+    say(manifest["role_markers"]["note"])
+    agreement = manifest["chat_template"]
+    if agreement:
+        say(f"chat template: plain transformers gives the same ids in {agreement['agreed']} of {agreement['checked']} conversations")
+    say(f"wrote {recipe.data.prepared}")
+
+
+def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
+    """Where every message and every conversation went."""
+    kept = counts["read"] - sum(counts["dropped"].values())
+    say(f"{counts['unit']} read {counts['read']:>9,}")
+    for reason, count in counts["dropped"].items():
+        say(f"  dropped: {reason:<20} {count:>9,}")
+    say(f"{counts['unit']} kept {kept:>9,}")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for split in SPLITS:
+        table.add_column(split, justify="right")
+    for key, label in LABELS.items():
+        values = [counts[split][key] for split in SPLITS]
+        if any(values) or key in ALWAYS:
+            # The validation split is kept as messages: evaluate.py renders it in each format that it compares.
+            as_messages = key in ("rows", "tokens", "supervised")
+            table.add_row(label, *(f"{v:,}" for v in values[:2]), "-" if as_messages else f"{values[2]:,}")
+    if recipe.data.packing:
+        table.add_row("padding in packed rows", *(f"{counts[split]['padding_share']:.1%}" for split in ("train", "dev")), "-")
+    console.print(table)
+    if recipe.data.split == "by_tree":
+        say("the validation split is a demonstration cut by a hash of the tree id, not the published one")
+
+
+def show_example(renderer: Renderer, example: Rendered) -> None:
+    """One conversation as the model sees it; what the loss counts is green."""
+    text, ids, flags = Text(), example.ids, example.supervised
+    start = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or flags[i] != flags[start]:
+            text.append(renderer.tokenizer.decode(ids[start:i]), style="bold green" if flags[start] else "dim")
+            start = i
+    console.rule("one example; what is learnt is green")
+    console.print(text)
+    console.rule()
+
+
+def progress(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield from bar.track(items, total=total, description=description)
+
+
+if __name__ == "__main__":
+    parser = parser_for(__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--ids", metavar="FILE", help="write one line per example: key, tab, message ids")
+    parser.add_argument("--export-jsonl", metavar="FILE", help="write readable conversations")
+    args = parser.parse_intermixed_args()
+    with_clear_errors(lambda: run(load(args.recipe, args.overrides), args.ids, args.export_jsonl), debug=args.debug)

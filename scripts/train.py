@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""Fine-tune a causal language model: the loop, in the order things happen.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train.py recipes/quickstart.yaml
+    accelerate launch --config_file accelerate_configs/single_t4.yaml scripts/train.py recipes/phi2_oasst1.yaml optim.learning_rate=1e-4
+
+The same command again goes on where the run stopped. Everything it writes is below the recipe's output.dir:
+
+    checkpoints/     to go on from; each verified                 previews.md     answers to the recipe's prompts over time
+    final/           the adapter to use, in PEFT's layout         status.json     running, stopped, finished or failed
+    metrics.jsonl    one line a step                              run.json        recipe, versions, hashes, hardware
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from qlora_suite import dataset, optimizer, run_folder
+from qlora_suite.batches import EMPTY, Order, check_division, micro_batches
+from qlora_suite.chat import Renderer
+from qlora_suite.command_line import main
+from qlora_suite.engine import Engine, seed_for
+from qlora_suite.engine import start as start_engine
+from qlora_suite.evaluation import dev_loss
+from qlora_suite.generation import preview
+from qlora_suite.loss import collate, summed_loss
+from qlora_suite.micro_batch import choose, set_checkpointing
+from qlora_suite.preemption import StopRequest
+from qlora_suite.recipe import Recipe
+from qlora_suite.role_markers import RoleMarkers
+from qlora_suite.schedule import lr_at
+from qlora_suite.tracking import StepBar, peak_memory_gib, say
+from qlora_suite.trainable import build_model
+
+
+def train(recipe: Recipe) -> None:
+    accelerator, dtype = start_engine(recipe.tracking.trackers, recipe.output.dir)
+    say_once = say if accelerator.is_main_process else lambda _: None
+    stop = StopRequest()
+    began = time.monotonic()
+
+    # ---- data: prepared once by scripts/prepare_data.py; here only read ---------------------------------------------------
+    manifest = dataset.load_manifest(recipe)
+    folder = Path(recipe.data.prepared)
+    rows, dev = dataset.Rows(folder / "train.arrow"), dataset.Rows(folder / "dev.arrow")
+    check_division(recipe.train.rows_per_step, accelerator.num_processes, recipe.train.micro_batch)
+    order = Order(
+        seed=recipe.seed,
+        lengths=rows.lengths,
+        rows_per_step=recipe.train.rows_per_step,
+        epochs=recipe.train.epochs,
+        max_steps=recipe.train.max_steps,
+        group_by_length=not recipe.data.packing,
+    )
+    num_steps = order.num_steps
+
+    with run_folder.open_run(recipe, accelerator, num_steps) as run:
+        identity = run_folder.identity(recipe, manifest)
+        if run.finished:
+            run.check_finished(identity)
+            say_once(f"{run.path} is finished: {num_steps} steps, result in {run.path / 'final'} (another output.dir trains anew)")
+            return
+
+        # ---- model, adapter, optimiser; then whatever a checkpoint knows better ---------------------------------------------
+        tokenizer = run_folder.prepared_tokenizer(folder)
+        renderer = Renderer(tokenizer, recipe.chat, RoleMarkers.from_json(manifest["role_markers"]))
+        net, base = build_model(recipe, manifest, dtype, accelerator.device)
+        opt = optimizer.build(net, recipe.optim)
+        state = run.resume(net, opt, identity)
+        engine = Engine(accelerator, net, opt, dtype, recipe.optim.max_grad_norm)
+        engine.load_state(state.scaler)
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+        def backward_of(row_numbers: list[int], num_tokens: int, last: bool = True) -> torch.Tensor:
+            """Forward and backward pass of one micro-batch. Returns its summed loss, a device scalar."""
+            batch = collate([rows[r] if r != EMPTY else None for r in row_numbers], pad_id).to(accelerator.device)
+            with engine.accumulate(last):
+                loss_sum = summed_loss(engine.model, batch)
+                engine.backward(loss_sum, num_tokens)
+            return loss_sum.detach()
+
+        def trial(size: int, checkpointing: bool) -> None:
+            """Does this micro-batch fit? Tried on the longest rows, so that a later step cannot be worse."""
+            set_checkpointing(base, checkpointing)
+            try:
+                backward_of(rows.lengths.argsort()[::-1][:size].tolist(), num_tokens=1)
+            finally:
+                opt.zero_grad(set_to_none=True)
+
+        net.train()
+        per_rank = recipe.train.rows_per_step // accelerator.num_processes
+        limit, checkpointing = choose(recipe.train, per_rank, int(rows.lengths.max()), accelerator.device, trial, engine.min_over_ranks)
+        set_checkpointing(base, checkpointing)
+        run.describe(manifest, net, dtype, order, limit=limit, checkpointing=checkpointing)
+
+        # ---- the loop -------------------------------------------------------------------------------------------------------
+        if state.step == 0:
+            run.add_preview(0, preview(net, renderer, recipe.previews, accelerator))
+        outcome, last_save = "", time.monotonic()
+        with StepBar("training", num_steps, state.step, visible=accelerator.is_main_process) as bar:
+            for step in range(state.step, num_steps):
+                step_began = time.monotonic()
+                step_rows = order.rows_for_step(step)
+                num_tokens = int(sum(rows.num_supervised[r] for r in step_rows if r != EMPTY))  # of the whole step, on all ranks
+                micro = micro_batches(step_rows, rows.lengths, limit, accelerator.process_index, accelerator.num_processes)
+
+                loss_sum = torch.zeros((), device=accelerator.device)
+                for i, row_numbers in enumerate(micro):
+                    seed_for(recipe.seed, step, i, accelerator.process_index)
+                    loss_sum += backward_of(row_numbers, num_tokens, last=i == len(micro) - 1)
+
+                for group in opt.param_groups:
+                    group["lr"] = lr_at(step, recipe.optim, num_steps)
+                grad_norm, applied = engine.step()
+                loss = engine.sum_over_ranks(loss_sum.item())[0] / num_tokens
+
+                state.step = step + 1
+                state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
+                state.skipped_steps += not applied
+                seconds = time.monotonic() - step_began
+                tokens = int(sum(rows.lengths[r] for r in step_rows if r != EMPTY))
+                state.tokens, state.seconds = state.tokens + tokens, state.seconds + seconds
+                run.add_metrics(
+                    step=state.step,
+                    loss=loss,
+                    learning_rate=opt.param_groups[0]["lr"],
+                    grad_norm=grad_norm,
+                    applied=applied,
+                    skipped_steps=state.skipped_steps,
+                    supervised_tokens=num_tokens,
+                    tokens=state.tokens,
+                    tokens_per_second=round(tokens / seconds, 1),
+                    peak_memory_gib=round(peak_memory_gib(accelerator.device), 3),
+                    **({} if applied else {"rows": step_rows}),
+                )
+                bar.advance(state.step, f"loss {loss:.3f}  {state.tokens / state.seconds:,.0f} tokens/s")
+
+                # ---- what happens beside learning: none of it changes the curve ---------------------------------------------
+                last = state.step == num_steps
+                if not applied:
+                    engine.check_nonfinite(state.skipped_in_a_row, recipe.train.max_nonfinite_steps, step_rows)
+                every = recipe.evaluation.every_steps
+                if every and (last or state.step % every == 0):
+                    run.add_dev_loss(state, dev_loss(engine, dev, pad_id, limit, recipe.evaluation.budget_tokens))
+                if last or state.step % recipe.previews.every_steps == 0:
+                    run.add_preview(state.step, preview(net, renderer, recipe.previews, accelerator))
+
+                outcome = run.reason_to_stop(state, engine, stop, time.monotonic() - began)
+                if last or outcome or run.time_to_save(state, time.monotonic() - last_save, engine):
+                    state.scaler = engine.state()
+                    run.save(state, net, opt, tokenizer)
+                    last_save = time.monotonic()
+                if outcome:
+                    break
+
+        run.end(state, net, tokenizer, outcome)
+
+
+if __name__ == "__main__":
+    main(train, __doc__)

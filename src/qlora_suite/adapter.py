@@ -1,0 +1,152 @@
+"""The LoRA adapter: where it goes, whether it went everywhere it should, and how large it is. The one place that knows PEFT."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_suite import recipe as recipes
+from qlora_suite.model import logical_size
+
+IN_A_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which linear modules of which layers the target names match."""
+
+    modules: dict[str, list[int]]
+    """Linear module within a layer (`self_attn.q_proj`) -> layers that have it."""
+    matched: dict[str, list[str]]
+    """Target name -> modules that it matches."""
+    num_layers: int
+
+    def table(self) -> str:
+        targets = {module: target for target, modules in self.matched.items() for module in modules}
+        width = max(map(len, self.modules), default=6)
+        lines = [f"  {'module':<{width}}  layers  adapted by"]
+        for module, layers in self.modules.items():
+            lines.append(f"  {module:<{width}}  {len(layers):>6}  {targets.get(module, '-')}")
+        return "\n".join(lines)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of the linear modules (4-bit and 8-bit ones are subclasses), without the output head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def coverage(names: Iterable[str], targets: tuple[str, ...] | str) -> Coverage:
+    """Match target names against the linear modules; `all-linear` targets each module by its own last name."""
+    layers: dict[str, set[int]] = defaultdict(set)
+    for name in names:
+        if match := IN_A_LAYER.match(name):
+            layers[match["rest"]].add(int(match["layer"]))
+    modules = {module: sorted(found) for module, found in layers.items()}
+    if targets == "all-linear":
+        targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))
+    matched = {target: [m for m in modules if m == target or m.endswith(f".{target}")] for target in targets}
+    return Coverage(modules, matched, num_layers=len(set().union(*layers.values())))
+
+
+def check_coverage(found: Coverage, allow_partial: bool) -> None:
+    """Raises ValueError, with the table, if a target name matches nothing or a layer is left without an adapter.
+
+    PEFT adapts every module whose name fits, so a name that matches in one layer matches in each layer that has the module; it
+    says nothing of names that match nowhere, as long as one matches somewhere.
+    """
+    unmatched = [target for target, modules in found.matched.items() if not modules]
+    adapted = {layer for modules in found.matched.values() for m in modules for layer in found.modules[m]}
+    bare = sorted({layer for layers in found.modules.values() for layer in layers} - adapted)
+    if not adapted:
+        raise ValueError(f"adapter.targets {unmatched} match no linear module of this model:\n{found.table()}")
+    if allow_partial or not (unmatched or bare):
+        return
+    problem = f"adapter.targets {unmatched} match nothing" if unmatched else f"layers {bare} would get no adapter"
+    raise ValueError(
+        f"{problem}, so part of the model would silently not be trained; it has these linear modules:\n{found.table()}\n"
+        "correct adapter.targets, use all-linear, or set adapter.allow_partial: true if this is meant"
+    )
+
+
+def add_adapter(model: PreTrainedModel, adapter: recipes.Adapter, token_ids: tuple[int, ...], train_head_rows: bool) -> PeftModel:
+    """Freeze the base and put LoRA on the targets; `token_ids` are the embedding rows trained beside (role markers).
+
+    `train_head_rows` trains the same rows of the output head, for losses that predict the markers. LoRA weights are fp32.
+    Raises ValueError if the targets do not cover the model.
+    """
+    found = coverage(linear_names(model), adapter.targets)
+    check_coverage(found, adapter.allow_partial)
+    rows = {_name_of(model, model.get_input_embeddings()): list(token_ids)} if token_ids else None
+    if rows and train_head_rows and not model.config.tie_word_embeddings:
+        rows[_name_of(model, model.get_output_embeddings())] = list(token_ids)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=sorted(target for target, modules in found.matched.items() if modules),
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        init_lora_weights=True if adapter.init == "default" else adapter.init,
+        trainable_token_indices=rows,
+    )
+    # PEFT matches by suffix; the head is not in a layer and must stay untouched even if its name fits a target.
+    config.exclude_modules = _name_of(model, model.get_output_embeddings())
+    peft_model = get_peft_model(model, config)
+    if token_ids:
+        _start_from_the_mean(peft_model, model)
+    for name, parameter in peft_model.named_parameters():
+        assert not parameter.requires_grad or parameter.dtype == torch.float32, f"{name} is {parameter.dtype}; the fp16 scaler needs fp32"
+    return peft_model
+
+
+def neftune(model: PreTrainedModel, alpha: float) -> None:
+    """Add uniform noise in +-alpha / sqrt(length x width) to the input embeddings while training (Jain et al., 2023)."""
+
+    def add_noise(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        size = alpha / (output.shape[1] * output.shape[2]) ** 0.5
+        return output + torch.empty_like(output).uniform_(-size, size)
+
+    model.get_input_embeddings().register_forward_hook(add_noise)
+
+
+@dataclass(frozen=True)
+class Size:
+    trainable: int
+    base: int
+    packed: int
+    """What counting the storage gives: two 4-bit weights in a byte count as one."""
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / (self.base + self.trainable)
+        text = f"{self.trainable:,} trainable beside {self.base:,} of the base ({share:.2f} %)"
+        return text if self.packed == self.base else f"{text}; counted as stored, the base has {self.packed:,}"
+
+
+def size(model: nn.Module) -> Size:
+    """Logical parameter counts. Trained token rows count as trainable; the base rows they stand for count in the base."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return Size(trainable, sum(map(logical_size, frozen)), sum(p.numel() for p in frozen))
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Last part of a module's name, the form in which PEFT wants it."""
+    return next(name for name, module in model.named_modules() if module is wanted).rpartition(".")[2]
+
+
+def _start_from_the_mean(peft_model: PeftModel, model: PreTrainedModel) -> None:
+    """Spare rows hold whatever pretraining left there: start the trained copies from the mean of all rows instead."""
+    for name, parameter in peft_model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            layer = peft_model.get_submodule(name.split(".trainable_tokens_delta")[0])
+            mean = layer.get_base_layer().weight.detach().float().mean(dim=0)
+            parameter.data.copy_(mean.expand_as(parameter))

@@ -1,0 +1,51 @@
+"""How every script reads its arguments and reports a person's mistake: one clear sentence, no traceback."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from qlora_suite.recipe import Recipe, load
+
+
+def main(run: Callable[[Recipe], None], doc: str) -> None:
+    """Run a script that takes a recipe and overrides."""
+    parser = parser_for(doc)
+    parser.add_argument("recipe", help="a recipe's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.learning_rate=1e-4")
+    args = parser.parse_intermixed_args()
+    with_clear_errors(lambda: run(load(args.recipe, args.overrides)), debug=args.debug)
+
+
+def parser_for(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring, with --debug."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def with_clear_errors(run: Callable[[], None], debug: bool) -> None:
+    """Call `run`. A ValueError is a person's mistake: its sentence goes to stderr and the exit code is 2, unless --debug."""
+    quiet_libraries()
+    try:
+        run()
+    except ValueError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
+        sys.exit(130)
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say that is no news to a person who runs these scripts."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

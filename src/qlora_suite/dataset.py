@@ -1,0 +1,184 @@
+"""The prepared data: what scripts/prepare_data.py writes and scripts/train.py and scripts/evaluate.py read.
+
+    prepared/quickstart/
+      train.arrow        rows for training: input_ids, supervised, lengths (of the conversations in the row), examples
+      dev.arrow          the same, for choosing checkpoints
+      validation.arrow   conversations as messages, not tokens: evaluate.py renders them for each format it compares
+      tokenizer/         with the role markers and the chat template
+      manifest.json      counts, and the hashes that say what all this was made from
+
+Arrow's stream format, memory-mapped: any number of rows costs no memory, and `datasets.Dataset.from_file` opens the files too.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.files import complaint_about, hash_of, read_json, sha256
+from qlora_suite.recipe import Recipe
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+ROWS = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("supervised", pa.list_(pa.bool_())),
+        ("lengths", pa.list_(pa.int32())),
+        ("examples", pa.list_(pa.string())),
+    ]
+)
+CONVERSATIONS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("ids", pa.list_(pa.string())),
+        ("group", pa.string()),
+        ("language", pa.string()),
+        ("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("learn", pa.bool_())]))),
+    ]
+)
+
+
+def write_table(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.Schema, chunk: int = 1000) -> None:
+    """Write records in record batches of `chunk`, so that memory stays bounded."""
+
+    def flush_buffer() -> None:
+        if buffer:
+            writer.write_batch(pa.RecordBatch.from_pylist(buffer, schema=schema))
+            buffer.clear()
+
+    buffer: list[Mapping[str, Any]] = []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for record in records:
+            buffer.append(record)
+            if len(buffer) == chunk:
+                flush_buffer()
+        flush_buffer()
+
+
+def read_table(path: Path) -> pa.Table:
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Prepared rows, read from the disk as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._table = read_table(path)
+        self.lengths = _list_lengths(self._table["input_ids"])
+        """Tokens of each row. [rows] int64"""
+        flat = _flat(self._table["supervised"]).to_numpy(zero_copy_only=False)
+        ends = np.cumsum(self.lengths)
+        cumulative = np.concatenate([[0], np.cumsum(flat, dtype=np.int64)])
+        self.num_supervised = cumulative[ends] - cumulative[ends - self.lengths]
+        """Supervised tokens of each row. [rows] int64"""
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        record = self._table.slice(row, 1)
+        arrays = {name: _flat(record[name]).to_numpy(zero_copy_only=False) for name in ("input_ids", "supervised", "lengths")}
+        return {
+            "input_ids": arrays["input_ids"].astype(np.int64),
+            "supervised": arrays["supervised"],
+            "lengths": arrays["lengths"].tolist(),
+        }
+
+    def examples(self, row: int) -> list[str]:
+        """Keys of the conversations in a row."""
+        return self._table["examples"][row].as_py()
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    """The values of a list column, end to end."""
+    chunks = [chunk.flatten() for chunk in column.chunks]
+    return pa.concat_arrays(chunks) if chunks else pa.array([], column.type.value_type)
+
+
+def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pa.compute.list_value_length(column).to_numpy().astype(np.int64)
+
+
+def conversation_record(conversation: Conversation) -> dict[str, Any]:
+    turns = [{"role": t.role, "content": t.content, "learn": t.learn} for t in conversation.turns]
+    return {
+        "key": conversation.key,
+        "ids": list(conversation.ids),
+        "group": conversation.group,
+        "language": conversation.language,
+        "turns": turns,
+    }
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """The conversations of validation.arrow."""
+    return [
+        Conversation(r["key"], tuple(r["ids"]), r["group"], tuple(Turn(**t) for t in r["turns"]), r["language"])
+        for r in read_table(path).to_pylist()
+    ]
+
+
+def recipe_part(recipe: Recipe) -> dict[str, Any]:
+    """The keys that decide what is prepared."""
+    data = recipe.data.model_dump(mode="json", exclude={"prepared"})
+    return {
+        "model": {"base": recipe.model.base, "revision": recipe.model.revision},
+        "data": data,
+        "chat": recipe.chat.model_dump(mode="json"),
+    }
+
+
+def source_hashes(recipe: Recipe) -> dict[str, str]:
+    """sha256 of every local file that the recipe's data is read from (a hub id has none: its revision stands in the manifest)."""
+    sources = [recipe.data.source, recipe.data.validation_source]
+    names = [name for s in sources if s is not None for name in ([s] if isinstance(s, str) else s)]
+    files = [f for name in names for f in ([Path(name)] if Path(name).is_file() else sorted(Path(name).rglob("*")))]
+    return {str(f): sha256(f) for f in files if f.is_file()}
+
+
+def load_manifest(recipe: Recipe) -> dict[str, Any]:
+    """The manifest of the recipe's prepared data, after checking that it is whole and that it is this recipe's.
+
+    Raises ValueError, with the command to run, if the data is missing, damaged or stale.
+    """
+    folder = Path(recipe.data.prepared)
+    remedy = "run: python scripts/prepare_data.py RECIPE (with the same overrides)"
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"there is no prepared data in {folder}; {remedy}")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{folder} has format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}; {remedy}")
+    stale = staleness(manifest, recipe)
+    if stale:
+        raise ValueError(f"the prepared data in {folder} is stale: {stale}; {remedy}")
+    complaint = complaint_about(folder, manifest["files"])
+    if complaint:
+        raise ValueError(f"the prepared data in {folder} is damaged: {complaint}; {remedy}")
+    return manifest
+
+
+def staleness(manifest: Mapping[str, Any], recipe: Recipe) -> str | None:
+    """Why the recipe would now give other data than the manifest's, or None."""
+    then, now = manifest["recipe"], recipe_part(recipe)
+    for section in now:
+        for key in now[section]:
+            if key not in then.get(section, {}):
+                return f"it was written before {section}.{key} existed"
+            if then[section][key] != now[section][key]:
+                return f"{section}.{key} was {then[section][key]!r} and is now {now[section][key]!r}"
+    current = source_hashes(recipe)
+    for name, digest in current.items():
+        if manifest["sources"].get(name) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def data_hash(manifest: Mapping[str, Any]) -> str:
+    """Names the rows and their tokenizer: what a run must find again when it resumes."""
+    return hash_of({name: entry["sha256"] for name, entry in manifest["files"].items() if name in ("train.arrow", "dev.arrow")})

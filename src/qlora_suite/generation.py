@@ -1,0 +1,109 @@
+"""Answers from the model in training, and what can be measured of them: the preview timeline."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from qlora_suite.chat import Renderer
+from qlora_suite.conversations import Turn
+from qlora_suite.files import write_text
+from qlora_suite.recipe import Previews
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt: str
+    text: str
+    num_tokens: int
+    """Without the end token."""
+    stopped: bool
+    """Did the model end the answer itself?"""
+    repetition: float
+    """Share of 4-token windows that stood in the answer before; 0 for none, near 1 for a loop."""
+
+
+def repetition(ids: Sequence[int], window: int = 4) -> float:
+    """Share of windows that repeat an earlier one. 0 for answers shorter than two windows."""
+    windows = [tuple(ids[i : i + window]) for i in range(len(ids) - window + 1)]
+    return 1 - len(set(windows)) / len(windows) if len(windows) > 1 else 0.0
+
+
+def preview(net: nn.Module, renderer: Renderer, previews: Previews, accelerator: Accelerator) -> list[Answer]:
+    """Answers to the recipe's preview prompts, each a chat of one turn (with `format: text`, the beginning of a text)."""
+    if not previews.prompts:
+        return []
+    with accelerator.autocast():
+        return answer(net, renderer, [[Turn("user", text)] for text in previews.prompts], previews.max_new_tokens)
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    renderer: Renderer,
+    chats: Sequence[Sequence[Turn]],
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Greedy answers to chats that end on a user turn, in one batch padded on the left. The model keeps the mode it was in."""
+    prompts, stop_ids = [renderer.prompt(turns) for turns in chats], renderer.stop_token_ids
+    device, longest, pad = next(model.parameters()).device, max(map(len, prompts)), stop_ids[0]
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(stop_ids),
+            pad_token_id=pad,
+            use_cache=True,
+        )
+    finally:
+        model.train(was_training)
+    return [_answer(turns[-1].content, row.tolist(), renderer) for turns, row in zip(chats, output[:, longest:], strict=True)]
+
+
+def _answer(prompt: str, ids: list[int], renderer: Renderer) -> Answer:
+    end = next((i for i, token in enumerate(ids) if token in renderer.stop_token_ids), None)
+    kept = ids if end is None else ids[:end]
+    return Answer(prompt, renderer.answer_text(kept), len(kept), end is not None, repetition(kept))
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, float]:
+    """Means over the answers: share that stopped, tokens, repetition."""
+    count = len(answers)
+    return {
+        "stopped": sum(a.stopped for a in answers) / count,
+        "tokens": sum(a.num_tokens for a in answers) / count,
+        "repetition": sum(a.repetition for a in answers) / count,
+    }
+
+
+def record(step: int, answers: Sequence[Answer]) -> dict[str, Any]:
+    """One line of previews.jsonl."""
+    return {"step": step, **summary(answers), "answers": [asdict(a) for a in answers]}
+
+
+def write_timeline(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """previews.md: a table of the means, then every prompt with its answers, newest first."""
+    lines = ["# Previews", "", "Greedy answers to the recipe's prompts while the model learns.", ""]
+    lines += ["| step | stop by themselves | tokens | repetition |", "|---:|---:|---:|---:|"]
+    lines += [f"| {r['step']} | {r['stopped']:.0%} | {r['tokens']:.0f} | {r['repetition']:.0%} |" for r in records]
+    for r in reversed(records):
+        lines += ["", f"## Step {r['step']}", ""]
+        for a in r["answers"]:
+            end = "stopped by itself" if a["stopped"] else "ran into the limit"
+            lines += [f"**{_inline(a['prompt'])}**", "", *(f"> {line}" for line in (a["text"] or "(nothing)").splitlines())]
+            lines += ["", f"*{a['num_tokens']} tokens, {end}, repetition {a['repetition']:.0%}*", ""]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _inline(text: str) -> str:
+    return " ".join(text.split())

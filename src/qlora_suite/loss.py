@@ -1,0 +1,104 @@
+"""Rows -> tensors -> the summed loss over their supervised tokens. The only caller of the model in training and evaluation.
+
+Two rows, the first packed with two conversations, made into a batch of 8 places ('+' supervised, '.' padding):
+
+    input_ids     a b c d e f g h     position_ids  0 1 2 3 4 0 1 2
+                  k l m n o . . .                   0 1 2 3 4 0 1 2      padding is a conversation of its own
+    supervised    - - + + + - - +     the model at place t predicts place t + 1,
+                  - - - + + - - -     so the logits at a place before a '+' are the ones that count
+
+Conversations in a row stay apart only if the positions start again, NO attention mask is given and the cache is off: then
+transformers builds the block-diagonal causal mask from the positions. An all-ones mask, or the cache, would let them read
+each other without a word.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: Tensor
+    """[rows, places] int64"""
+    position_ids: Tensor
+    """[rows, places] int64, from 0 in each conversation"""
+    supervised: Tensor
+    """[rows, places] bool; never true at position 0 of a conversation, which nothing predicts"""
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.supervised)))
+
+
+def collate(rows: Sequence[Mapping[str, Any] | None], pad_id: int) -> Batch:
+    """Rows with `input_ids`, `supervised` and `lengths` (of the conversations in them), padded to the longest.
+
+    None stands for an empty row, all padding.
+    """
+    places = max((len(row["input_ids"]) for row in rows if row), default=2)
+    input_ids = torch.full((len(rows), places), pad_id)
+    position_ids = torch.empty((len(rows), places), dtype=torch.int64)
+    supervised = torch.zeros((len(rows), places), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        lengths = list(row["lengths"]) if row else []
+        used = sum(lengths)
+        if row:
+            input_ids[i, :used] = torch.as_tensor(row["input_ids"])
+            supervised[i, :used] = torch.as_tensor(row["supervised"])
+        pieces = [*lengths, places - used]
+        position_ids[i] = torch.cat([torch.arange(n) for n in pieces])
+    assert not (supervised & (position_ids == 0)).any(), "the first token of a conversation cannot be supervised"
+    return Batch(input_ids, position_ids, supervised)
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of each supervised token, in nats, in row-major order. [supervised] float32"""
+    targets = batch.supervised[:, 1:]  # [rows, places - 1]: True where the place before it has to predict
+    columns = targets.any(dim=0).nonzero().squeeze(1)  # places where any row needs logits: the head runs on these alone
+    if columns.numel() == 0:
+        # An all-empty micro-batch still goes through the model once, for engines that exchange gradients wait for every rank.
+        columns = torch.zeros(1, dtype=torch.int64, device=targets.device)
+    logits = forward(model, batch, columns)
+    wanted = targets[:, columns]
+    return nn.functional.cross_entropy(logits[wanted].float(), batch.input_ids[:, 1:][:, columns][wanted], reduction="none")
+
+
+def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum of the losses of the batch's supervised tokens, in nats. Scalar float32; 0 (with a graph) if there are none."""
+    return token_losses(model, batch).sum()
+
+
+def forward(model: nn.Module, batch: Batch, columns: Tensor) -> Tensor:
+    """Logits at the given places. [rows, len(columns), vocabulary]"""
+    return model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False, logits_to_keep=columns
+    ).logits
+
+
+def check_separates_packed_rows(model: nn.Module) -> None:
+    """Raises ValueError if packed conversations would leak into each other, or the head cannot be asked for some places.
+
+    Told by trial: the logits of a conversation must not depend on its neighbour in the row.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{type(model).__name__} does not take logits_to_keep; use a model from a current transformers release")
+    device = next(model.parameters()).device
+    lengths, ids = [5, 4], torch.arange(1, 10)
+    columns = torch.arange(4, device=device) + 5
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        seconds = []
+        for first in (ids[:5], ids[:5].flip(0)):
+            row = {"input_ids": torch.cat([first, ids[5:]]), "supervised": torch.zeros(9, dtype=torch.bool), "lengths": lengths}
+            seconds.append(forward(model, collate([row], pad_id=0).to(device), columns).float())
+    model.train(was_training)
+    difference = (seconds[0] - seconds[1]).abs().max().item()
+    if not difference <= 1e-3 * max(1.0, seconds[0].abs().max().item()):
+        raise ValueError(
+            f"{type(model).__name__} lets packed conversations read each other (logits differ by {difference:.2g}); set data.packing: false"
+        )

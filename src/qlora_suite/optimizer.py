@@ -1,0 +1,49 @@
+"""AdamW, from torch or bitsandbytes, and its state as named tensors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_suite.recipe import Optim
+
+
+def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """The optimiser over the model's trainable parameters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    settings = {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    if optim.name == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    import bitsandbytes.optim
+
+    kinds = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    return kinds[optim.name](parameters, **settings)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state by parameter name: tensors as `name:key`, and plain numbers."""
+    tensors, numbers = {}, {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}:{key}"] = value.detach().cpu().contiguous()
+            else:
+                numbers[f"{name}:{key}"] = value
+    return tensors, numbers
+
+
+def restore_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Put back what `state_tensors` gave. The groups (rates, betas) come from the recipe and stay."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for full, value in {**tensors, **numbers}.items():
+        name, _, key = full.rpartition(":")
+        if name not in order:
+            raise ValueError(f"the checkpoint has optimiser state for {name}, which this run does not train")
+        state.setdefault(order.index(name), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

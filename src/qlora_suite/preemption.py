@@ -1,0 +1,21 @@
+"""A request to stop, as a flag that the loop looks at between steps: the run saves and ends, and the same command goes on."""
+
+import signal
+import types
+
+
+class StopRequest:
+    """Set by SIGTERM (a queue's or a launcher's) and SIGINT (Ctrl-C). A second Ctrl-C ends the run at once, unsaved.
+
+    A second SIGTERM changes nothing: launchers and queues deliver one preemption several times.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: types.FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason == "SIGINT":
+            raise KeyboardInterrupt
+        self.reason = self.reason or signal.Signals(number).name

@@ -1,0 +1,264 @@
+"""A run's folder: who may write to it, what stands in it, when it is saved and how it ends."""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_suite import adapter, checkpoint, generation
+from qlora_suite.batches import Limit, Order
+from qlora_suite.checkpoint import State
+from qlora_suite.dataset import data_hash
+from qlora_suite.engine import Engine
+from qlora_suite.files import write_json, write_text
+from qlora_suite.model import base_fingerprint, versions
+from qlora_suite.preemption import StopRequest
+from qlora_suite.recipe import Recipe, curve_keys, to_yaml
+from qlora_suite.tracking import Journal, Status, say
+
+SAME_FILES = ("data.source", "data.validation_source", "model.base", "model.revision")
+"""Curve keys that only name files: their contents are compared by hash, so that a folder may be moved."""
+
+
+def prepared_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the rows were made with, role markers and chat template included."""
+    return AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What must not change between two starts of one run."""
+    keys = {key: value for key, value in curve_keys(recipe).items() if key not in SAME_FILES}
+    everything = {**keys, "data (hash of train.arrow)": data_hash(manifest), "base (hash of its files)": base_fingerprint(recipe.model)}
+    return json.loads(json.dumps(everything))  # tuples as lists, as they come back from a file
+
+
+@contextlib.contextmanager
+def open_run(recipe: Recipe, accelerator: Accelerator, num_steps: int) -> Iterator["Run"]:
+    """Hold the recipe's output.dir while the run writes to it; an error is noted in status.json before it goes on."""
+    path = Path(recipe.output.dir)
+    with checkpoint.lock(path) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        run = Run(recipe, path, accelerator, num_steps)
+        try:
+            yield run
+        except BaseException as error:
+            if accelerator.is_main_process and not run.finished:
+                run.status.write("failed", run.step, num_steps, f"{type(error).__name__}: {error}")
+            raise
+
+
+class Run:
+    """The folder of one run. Methods that write do so on the main process alone; all processes call them."""
+
+    def __init__(self, recipe: Recipe, path: Path, accelerator: Accelerator, num_steps: int) -> None:
+        self.recipe, self.path, self.accelerator, self.num_steps = recipe, path, accelerator, num_steps
+        self.main = accelerator.is_main_process
+        self.step = 0
+        self.checkpoints = path / "checkpoints"
+        self.status = Status(path / "status.json")
+        self.finished = self.status.state == "finished" and (path / "final").is_dir()
+
+    # ---- beginning ----------------------------------------------------------------------------------------------------------
+
+    def check_finished(self, now: Mapping[str, Any]) -> None:
+        """Raises ValueError if a finished run was started again with other curve keys."""
+        checkpoint.check_identity(self.status.identity, now, self.path)
+
+    def resume(self, net: nn.Module, optimizer: torch.optim.Optimizer, now: Mapping[str, Any]) -> State:
+        """Load the newest good checkpoint, or begin. Raises ValueError if it belongs to another recipe, data set or base."""
+        if self.main and self.recipe.output.mirror and not checkpoint.steps(self.checkpoints):
+            self._restore_from_mirror(Path(self.recipe.output.mirror))
+        self.accelerator.wait_for_everyone()
+        found = checkpoint.latest(self.checkpoints)
+        state = State(identity=dict(now))
+        if found is not None:
+            checkpoint.check_identity(checkpoint.read_state(found).identity, now, self.path)
+            state = checkpoint.restore(found, net, optimizer)
+        self.step = state.step
+        if self.main:
+            say(f"goes on from {found}" if found else f"starts in {self.path}")
+            self.metrics = Journal(self.path / "metrics.jsonl", state.step)
+            self.previews = Journal(self.path / "previews.jsonl", state.step)
+            self.status.write("running", state.step, self.num_steps, identity=now)
+            write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
+            if self.recipe.tracking.trackers:
+                self.accelerator.init_trackers(self.recipe.tracking.project)
+        return state
+
+    def describe(
+        self, manifest: Mapping[str, Any], net: nn.Module, dtype: torch.dtype, order: Order, *, limit: Limit, checkpointing: bool
+    ) -> None:
+        """Say, and keep in run.json, what runs where."""
+        if not self.main:
+            return
+        world = self.accelerator.num_processes
+        markers = manifest["role_markers"]
+        sizes = adapter.size(net)
+        precision = str(dtype).removeprefix("torch.")
+        rows_per_step = self.recipe.train.rows_per_step
+        write_json(
+            self.path / "run.json",
+            {
+                "recipe": self.recipe.model_dump(mode="json"),
+                "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
+                "parameters": vars(sizes),
+                "servable_as": markers["servable_as"],
+                "servable_because": markers["reason"],
+                "precision": precision,
+                "processes": world,
+                "micro_batch": {"rows": limit.rows, "tokens": limit.tokens},
+                "gradient_checkpointing": checkpointing,
+                "hardware": hardware(self.accelerator.device),
+                "versions": {"python": platform.python_version(), **versions()},
+                "git": git_state(),
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "attempt": self.status.attempt,
+            },
+        )
+        how = "adapter" if isinstance(net, PeftModel) else "all weights"
+        say(f"model      {self.recipe.model.base}, {self.recipe.model.quantization} base, {how}: {sizes}")
+        say(f"markers    {markers['note']}; servable as {markers['servable_as']} ({markers['reason']})")
+        say(f"data       {order.num_rows:,} rows, {manifest['counts']['train']['supervised']:,} supervised tokens; {order.num_steps} steps")
+        say(
+            f"step       {rows_per_step} rows on {_processes(world)}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
+            f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {'on' if checkpointing else 'off'}"
+        )
+
+    # ---- while it learns ----------------------------------------------------------------------------------------------------
+
+    def add_metrics(self, step: int, **values: Any) -> None:
+        self.step = step
+        if self.main:
+            self.metrics.add({"step": step, "attempt": self.status.attempt, **values})
+            self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+
+    def add_preview(self, step: int, answers: Sequence[generation.Answer]) -> None:
+        if self.main and answers and not any(r["step"] == step for r in self.previews.records):
+            self.previews.add(generation.record(step, answers))
+            generation.write_timeline(self.path / "previews.md", self.previews.records)
+            say(f"previews at step {step}: {generation.summary(answers)['stopped']:.0%} stop by themselves (previews.md)")
+
+    def add_dev_loss(self, state: State, loss: float) -> None:
+        """Note an evaluation on the development split, and whether it is the best."""
+        better = state.best is None or loss < state.best["loss"]
+        state.evaluations_without_gain = 0 if better else state.evaluations_without_gain + 1
+        if better:
+            state.best = {"step": state.step, "loss": loss}
+        if self.main:
+            self.metrics.add({"step": state.step, "attempt": self.status.attempt, "dev_loss": loss})
+            self.accelerator.log({"dev_loss": loss}, step=state.step)
+            say(f"step {state.step}: development loss {loss:.4f} nats a token" + (" (best so far)" if better else ""))
+
+    def reason_to_stop(self, state: State, engine: Engine, request: StopRequest, seconds: float) -> str:
+        """Why the run should end now, agreed by all ranks; empty if it should not."""
+        patience, limit = self.recipe.evaluation.patience, self.recipe.stop.after_minutes
+        if patience is not None and state.evaluations_without_gain >= patience:
+            return f"early: no better development loss in {patience} evaluations"
+        if engine.any_rank(limit is not None and seconds >= limit * 60):
+            return f"after {limit:g} minutes, as stop.after_minutes asks"
+        return "on a request to stop" if engine.any_rank(request.reason is not None) else ""
+
+    def time_to_save(self, state: State, seconds: float, engine: Engine) -> bool:
+        """Is a periodic checkpoint due: by steps, by minutes, or because this is the best so far?"""
+        every, minutes = self.recipe.checkpoints.every_steps, self.recipe.checkpoints.every_minutes
+        if every is not None and state.step % every == 0:
+            return True
+        if state.best is not None and state.best["step"] == state.step:
+            return True
+        return minutes is not None and engine.any_rank(seconds >= minutes * 60)
+
+    def save(self, state: State, net: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write, verify, mirror; then prune."""
+        if self.main:
+            base = (self.recipe.model.base, self.recipe.model.revision)
+            written = checkpoint.save(self.checkpoints, state, net, optimizer, tokenizer, to_yaml(self.recipe), base)
+            best = int(state.best["step"]) if state.best else None
+            for folder in self._folders():
+                if folder != self.checkpoints:
+                    checkpoint.copy_checked(written, folder / written.name)
+                checkpoint.prune(folder, self.recipe.checkpoints.keep, best)
+            self.status.write("running", state.step, self.num_steps)
+        self.accelerator.wait_for_everyone()
+
+    # ---- end ----------------------------------------------------------------------------------------------------------------
+
+    def end(self, state: State, net: nn.Module, tokenizer: PreTrainedTokenizerBase, outcome: str) -> None:
+        """Write `final/` if the run is over (its last step, or early stopping), else say how to go on."""
+        self.accelerator.end_training()
+        if not self.main:
+            return
+        if state.step < self.num_steps and not outcome.startswith("early"):
+            self.status.write("stopped", state.step, self.num_steps, outcome)
+            say(f"stopped {outcome}, at step {state.step} of {self.num_steps}; the same command goes on from there")
+            return
+        chosen = int(state.best["step"]) if state.best else state.step
+        if chosen != state.step:
+            checkpoint.load_weights(self.checkpoints / f"step-{chosen:06d}", net)
+        why = f"lowest development loss ({state.best['loss']:.4f})" if state.best else "the last step"
+        self._write_final(net, tokenizer, {"step": chosen, "chosen_by": why})
+        self.finished = True
+        self.status.write("finished", state.step, self.num_steps, outcome)
+        say(f"finished: {self.path / 'final'} holds step {chosen} ({why})")
+
+    def _write_final(self, net: nn.Module, tokenizer: PreTrainedTokenizerBase, choice: dict[str, Any]) -> None:
+        final, aside = self.path / "final", self.path / ".final.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        if isinstance(net, PeftModel):
+            checkpoint.write_adapter(net, aside, self.recipe.model.base, self.recipe.model.revision)
+            checkpoint.check_weights(aside / checkpoint.ADAPTER, net, trained=True)
+        else:
+            dtype = getattr(torch, self.recipe.output.final_dtype or "float32")
+            net.to(dtype).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        write_json(aside / "chosen.json", choice)
+        checkpoint.seal(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+
+    def _folders(self) -> list[Path]:
+        mirror = self.recipe.output.mirror
+        return [self.checkpoints, *([Path(mirror) / "checkpoints"] if mirror else [])]
+
+    def _restore_from_mirror(self, mirror: Path) -> None:
+        """A machine that lost its disk goes on from the mirror."""
+        found = checkpoint.latest(mirror / "checkpoints")
+        if found is not None:
+            say(f"{self.checkpoints} is empty; taking {found} from the mirror")
+            checkpoint.copy_checked(found, self.checkpoints / found.name)
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the run computes on."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {"device": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "count": torch.cuda.device_count()}
+    return {"device": f"CPU ({torch.get_num_threads()} threads)", "machine": platform.machine(), "cores": os.cpu_count()}
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the suite and whether files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603, S607
+
+    return {"commit": git("rev-parse", "HEAD"), "changed_files": len(git("status", "--porcelain").splitlines())}

@@ -1,0 +1,115 @@
+"""What a run says of itself: a progress bar, metrics.jsonl, previews and status.json, and accelerate's trackers when asked."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qlora_suite.files import read_json, write_json, write_text
+
+console = Console(highlight=False, soft_wrap=True)
+LINE_EVERY_SECONDS = 15.0
+
+
+def say(text: str) -> None:
+    """A line for the reader, above the progress bar if there is one."""
+    console.print(text, markup=False)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: of the device's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Journal:
+    """An append-only JSONL file in which each step stands once: cut back when a run resumes from an earlier step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = [r for r in read_journal(path) if r["step"] <= step]
+        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records))
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL journal; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Status:
+    """status.json: how the run stands, for scripts that must not rely on exit codes (`accelerate launch` turns each into 1)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        before = read_json(path) if path.exists() else {}
+        self.state: str = before.get("state", "")
+        self.attempt: int = before.get("attempt", 0) + 1
+        self.identity: dict[str, Any] = before.get("identity", {})
+        """What the run was started as, so that a finished one can tell whether it is asked for again."""
+
+    def write(self, state: str, step: int, num_steps: int, reason: str = "", identity: Mapping[str, Any] | None = None) -> None:
+        """`state` is `running`, `stopped` (the same command goes on), `finished` or `failed`."""
+        self.state, self.identity = state, dict(identity) if identity is not None else self.identity
+        values = {"state": state, "reason": reason, "step": step, "num_steps": num_steps, "attempt": self.attempt}
+        write_json(self.path, {**values, "identity": self.identity})
+
+
+class StepBar:
+    """A progress bar on a terminal, a line now and then elsewhere (logs of a cluster, CI)."""
+
+    def __init__(self, title: str, total: int, done: int = 0, visible: bool = True) -> None:
+        self.title, self.total, self.start_at, self.done = title, total, done, done
+        self.began = self.last_line = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        self.progress = Progress(
+            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, disable=not visible
+        )
+        self.visible = visible
+        self.task = self.progress.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> "StepBar":
+        if console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if console.is_terminal:
+            self.progress.stop()
+
+    def advance(self, done: int, note: str) -> None:
+        self.done = done
+        if console.is_terminal:
+            self.progress.update(self.task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if self.visible and (now - self.last_line >= LINE_EVERY_SECONDS or done == self.total):
+            self.last_line = now
+            left = (now - self.began) / max(1, done - self.start_at) * (self.total - done)
+            say(f"{self.title} {done}/{self.total}  {note}  {_clock(now - self.began)} elapsed, {_clock(left)} left")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

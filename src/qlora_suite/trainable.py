@@ -1,0 +1,34 @@
+"""The model to train: base, adapter and trained role markers, as a recipe and its prepared data describe them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_suite.adapter import add_adapter, neftune
+from qlora_suite.loss import check_separates_packed_rows
+from qlora_suite.model import load_base
+from qlora_suite.recipe import Recipe
+
+
+def build_model(recipe: Recipe, manifest: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, PreTrainedModel]:
+    """(the module to train, the base inside it). The same module, if every weight is trained.
+
+    Raises ValueError if the base cannot be loaded, the adapter does not cover it, or it would mix packed conversations.
+    """
+    torch.manual_seed(recipe.seed)  # decides lora_A, or every weight of a model made from nothing
+    if recipe.adapter == "none":
+        base = load_base(recipe.model, torch.float32, device)
+        base.requires_grad_(True)
+        check_separates_packed_rows(base)
+        return base, base
+    base = load_base(recipe.model, dtype, device)
+    if recipe.data.packing:
+        check_separates_packed_rows(base)
+    if recipe.adapter.neftune_noise_alpha is not None:
+        neftune(base, recipe.adapter.neftune_noise_alpha)
+    markers_are_targets = recipe.chat.loss_on == "all"
+    torch.manual_seed(recipe.seed)
+    return add_adapter(base, recipe.adapter, tuple(manifest["role_markers"]["token_ids"]), markers_are_targets), base
