@@ -35,6 +35,11 @@ def start(trackers: Sequence[str] = (), folder: str | None = None) -> tuple[Acce
             "so remove it there"
         )
     state = PartialState()
+    if state.device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU", "true").lower() not in ("true", "1", "yes"):
+        raise ValueError(
+            "the accelerate config is for a GPU, but torch sees none here and the run would quietly use the CPU; see `nvidia-smi` and "
+            "`python -m torch.utils.collect_env`, or use accelerate_configs/cpu.yaml"
+        )
     dtype = compute_dtype(state.device, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     return Accelerator(mixed_precision=MIXED_PRECISION[dtype], log_with=list(trackers) or None, project_dir=folder), dtype
 

@@ -1,14 +1,166 @@
 """Negative log-likelihoods -> perplexity, bits per byte, slices and a paired interval.
 
-Sums travel and means are made once, at the end: (nats, tokens, bytes) of every supervised turn, each token exactly once.
+Sums travel and means are made once, at the end: (nats, tokens, bytes) of every answer, each token exactly once, in float64.
+Bits per byte divide by the UTF-8 bytes of what was said, so they compare formats, tokenizers and models; the end token, which
+formats write differently, is reported apart.
 """
 
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 import torch
+from torch import nn
 
 from qlora_suite.batches import Limit
+from qlora_suite.chat import Renderer
+from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import Rows
 from qlora_suite.engine import Engine
-from qlora_suite.loss import collate, summed_loss
+from qlora_suite.loss import collate, summed_loss, token_losses
+from qlora_suite.rendered import Rendered, shorten
+
+LN2 = math.log(2)
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """One answer under one model. Nats are natural logarithms; `end_` is its end token."""
+
+    key: str
+    """Of the conversation."""
+    group: str
+    """Of the tree."""
+    language: str | None
+    number: int
+    """First, second, ... answer of its conversation."""
+    bytes: int
+    nats: float
+    tokens: int
+    end_nats: float
+    end_tokens: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What could not be scored, because it does not fit into the window in every format compared."""
+
+    answers: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+
+def perplexity(nats: float, tokens: int, num_bytes: int) -> dict[str, float]:
+    """The one place where means are made. Raises ValueError if there is nothing to divide by."""
+    if tokens <= 0 or num_bytes <= 0:
+        raise ValueError(f"there is nothing to evaluate: {tokens} tokens, {num_bytes} bytes")
+    return {
+        "nll_per_token": nats / tokens,
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / LN2 / num_bytes,
+        "num_tokens": tokens,
+        "num_bytes": num_bytes,
+    }
+
+
+# --- scoring
+
+
+def comparable(conversations: Sequence[Conversation], renderers: Iterable[Renderer], window: int) -> tuple[list[Conversation], Cut]:
+    """The conversations up to the last answer that fits into the window in every format: all formats score the same answers.
+
+    Plain texts are not cut here: they are scored in pieces.
+    """
+    kept, answers, tokens, num_bytes = [], 0, 0, 0
+    renderers = list(renderers)
+    for conversation in conversations:
+        rendered = [renderer.render(conversation) for renderer in renderers]
+        fitting = min(_turns_that_fit(r, window) for r in rendered)
+        lost = [turn for turn in rendered[0].turns if turn.learn and turn.index >= fitting]
+        answers, tokens = answers + len(lost), tokens + sum(turn.end - turn.start for turn in lost)
+        num_bytes += sum(turn.num_bytes for turn in lost)
+        if any(turn.learn and turn.index < fitting for turn in rendered[0].turns):
+            kept.append(replace(conversation, turns=conversation.turns[:fitting]))
+    return kept, Cut(answers, tokens, num_bytes)
+
+
+def _turns_that_fit(rendered: Rendered, window: int) -> int:
+    return max((turn.index + 1 for turn in rendered.turns if turn.end < min(window, len(rendered.ids))), default=0)
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    renderer: Renderer,
+    conversations: Sequence[Conversation],
+    window: int,
+    limit: Limit,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> list[AnswerScore]:
+    """Every learnt answer of the conversations, in their order. They must fit into the window; a plain text may be longer.
+
+    A conversation is a row of its own, so that the result depends on neither packing nor batch size.
+    """
+    device = next(model.parameters()).device
+    pieces: list[tuple[int, Rendered]] = []
+    for i, conversation in enumerate(conversations):
+        rendered = renderer.render(conversation)
+        parts = shorten(rendered, window, "split").pieces if renderer.layout is None else [rendered]
+        assert all(len(part.ids) <= window for part in parts), f"conversation {conversation.key} does not fit into {window} tokens"
+        pieces += [(i, part) for part in parts]
+    lengths = [len(part.ids) for _, part in pieces]
+    order = sorted(range(len(pieces)), key=lambda p: (-lengths[p], p))
+    answers: list[list[AnswerScore]] = [[] for _ in pieces]
+    was_training = model.training
+    model.eval()
+    for batch in progress(limit.cut(order, lengths)):
+        rows = [{"input_ids": pieces[p][1].ids, "supervised": pieces[p][1].supervised, "lengths": [lengths[p]]} for p in batch]
+        losses = token_losses(model, collate(rows, renderer.eos).to(device)).double().cpu().numpy()
+        ends = np.cumsum([sum(row["supervised"]) for row in rows])
+        for p, of_row in zip(batch, np.split(losses, ends[:-1]), strict=True):
+            i, part = pieces[p]
+            answers[p] = _answers(conversations[i], part, of_row)
+    model.train(was_training)
+    return _joined([answer for of_piece in answers for answer in of_piece])
+
+
+def _answers(conversation: Conversation, rendered: Rendered, losses: np.ndarray) -> list[AnswerScore]:
+    """The losses of one row's supervised tokens, by answer. [supervised] float64"""
+    by_place = np.zeros(len(rendered.ids))
+    by_place[np.asarray(rendered.supervised)] = losses
+    scores = []
+    for number, turn in enumerate(rendered.turns, 1):
+        if turn.learn:
+            end = by_place[turn.end : turn.end + 1]
+            scores.append(
+                AnswerScore(
+                    key=conversation.key,
+                    group=conversation.group,
+                    language=conversation.language,
+                    number=number,
+                    bytes=turn.num_bytes,
+                    nats=float(by_place[turn.start : turn.end].sum()),
+                    tokens=turn.end - turn.start,
+                    end_nats=float(end.sum()),
+                    end_tokens=len(end),
+                )
+            )
+    return scores
+
+
+def _joined(answers: Sequence[AnswerScore]) -> list[AnswerScore]:
+    """Pieces of one plain text as one answer again."""
+    joined: list[AnswerScore] = []
+    for a in answers:
+        last = joined[-1] if joined else None
+        if last and (last.key, last.group, last.number) == (a.key, a.group, a.number) and last.end_tokens == 0:
+            sums = {name: getattr(last, name) + getattr(a, name) for name in ("bytes", "nats", "tokens", "end_nats", "end_tokens")}
+            joined[-1] = replace(last, **sums)
+        else:
+            joined.append(a)
+    return joined
 
 
 @torch.no_grad()
@@ -31,3 +183,61 @@ def dev_loss(engine: Engine, rows: Rows, pad_id: int, limit: Limit, budget_token
     engine.model.train()
     nats, tokens = engine.sum_over_ranks(nats, tokens)
     return nats / tokens
+
+
+# --- comparing
+
+
+def paired_interval(base: Sequence[AnswerScore], adapter: Sequence[AnswerScore], samples: int, seed: int = 0) -> dict[str, Any]:
+    """Bits per byte, adapter minus base, with a 95 % percentile interval of a paired bootstrap over trees.
+
+    Answers of one tree share prompts and each other's context, so they are not independent: whole trees are drawn, with
+    replacement, and base and adapter are scored on the same draw (Efron and Tibshirani, 1993, chapters 8 and 13).
+    """
+    groups = sorted({a.group for a in base})
+    place = {group: i for i, group in enumerate(groups)}
+    sums = np.zeros((len(groups), 2))  # per tree: nats of the difference, bytes
+    for b, a in zip(base, adapter, strict=True):
+        assert (b.key, b.number, b.bytes) == (a.key, a.number, a.bytes), "the two models were not scored on the same answers"
+        sums[place[b.group]] += (a.nats - b.nats, b.bytes)
+    draws = np.random.Generator(np.random.Philox(seed)).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), samples)
+    drawn = draws @ sums
+    ratios = drawn[:, 0] / LN2 / drawn[:, 1]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    total = sums.sum(axis=0)
+    return {
+        "bits_per_byte": float(total[0] / LN2 / total[1]),
+        "interval_95": [float(low), float(high)],
+        "trees": len(groups),
+        "samples": samples,
+        "better_trees": int((sums[:, 0] < 0).sum()),
+    }
+
+
+LENGTHS = ((200, "under 200 bytes"), (600, "200 to 599"), (1500, "600 to 1,499"), (math.inf, "1,500 and more"))
+
+
+def slices(base: Sequence[AnswerScore] | None, adapter: Sequence[AnswerScore]) -> list[dict[str, Any]]:
+    """Bits per byte by place in the conversation, length of the answer and language."""
+    cuts: list[tuple[str, Callable[[AnswerScore], str]]] = [
+        ("answer", lambda a: str(a.number) if a.number < 3 else "3 and later"),
+        ("length", lambda a: next(name for bound, name in LENGTHS if a.bytes < bound)),
+        ("language", lambda a: a.language or "unknown"),
+    ]
+    found = []
+    for by, name_of in cuts:
+        members: dict[str, list[int]] = {}
+        for i, answer in enumerate(adapter):
+            members.setdefault(name_of(answer), []).append(i)
+        order = [name for _, name in LENGTHS] if by == "length" else sorted(members)
+        for name in order:
+            if name in members:
+                row: Mapping[str, Any] = {"by": by, "slice": name, "answers": len(members[name])}
+                row = {**row, "adapter": _bits([adapter[i] for i in members[name]])}
+                found.append(row if base is None else {**row, "base": _bits([base[i] for i in members[name]])})
+    return found
+
+
+def _bits(answers: Sequence[AnswerScore]) -> float | None:
+    num_bytes = sum(a.bytes for a in answers)
+    return math.fsum(a.nats for a in answers) / LN2 / num_bytes if num_bytes else None

@@ -1,0 +1,96 @@
+"""The evaluation as Markdown and as a console table. report.json holds everything; these show what matters of it."""
+
+from typing import Any
+
+from rich.table import Table
+
+COLUMNS = (("base_unquantised", "base"), ("base_quantised", "base, as trained on"), ("adapter", "adapter"))
+
+
+def headline(report: dict[str, Any]) -> str:
+    """The result in a sentence or two."""
+    model = report["adapter"] or report["base"]
+    if report["difference"] is None:
+        subject = "the model" if report["adapter"] else "the base"
+        return f"{subject.capitalize()} needs {model['bits_per_byte']:.4f} bits per byte (perplexity {model['perplexity']:.2f})."
+    difference, base = report["difference"], report["base"]
+    low, high = difference["interval_95"]
+    verdict = "better" if high < 0 else "worse" if low > 0 else "not clearly different"
+    return (
+        f"The adapter needs {model['bits_per_byte']:.4f} bits per byte, the base at its best {base['bits_per_byte']:.4f}: "
+        f"{difference['bits_per_byte']:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), which is {verdict}."
+    )
+
+
+def result_table(report: dict[str, Any]) -> Table:
+    """Formats by models, bits per byte and perplexity."""
+    table = Table(title="bits per byte (perplexity) of the answers' content", title_justify="left", box=None, pad_edge=False)
+    table.add_column("format")
+    for _, label in _columns(report):
+        table.add_column(label, justify="right")
+    for name, cells in report["formats"].items():
+        table.add_row(name, *(_cell(cells.get(column)) for column, _ in _columns(report)))
+    return table
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """report.md."""
+    columns = _columns(report)
+    lines = ["# Evaluation", "", headline(report), ""]
+    lines += ["| format | " + " | ".join(label for _, label in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, cells in report["formats"].items():
+        lines.append(f"| {name} | " + " | ".join(_cell(cells.get(column)) for column, _ in columns) + " |")
+    lines += ["", "Bits per byte of the answers' content (perplexity per token in brackets). Lower is better.", ""]
+    lines += ["## What was measured", "", *(f"- {line}" for line in _facts(report)), ""]
+    if report["slices"]:
+        with_base = "base" in report["slices"][0]
+        lines += ["## Slices", "", "| by | slice | answers | base | adapter | difference |", "|---|---|---:|---:|---:|---:|"]
+        for row in report["slices"]:
+            base = f"{row['base']:.4f} | " if with_base else "- | "
+            difference = f"{row['adapter'] - row['base']:+.4f}" if with_base else "-"
+            lines.append(f"| {row['by']} | {row['slice']} | {row['answers']} | {base}{row['adapter']:.4f} | {difference} |")
+        lines += ["", "Bits per byte. Small slices say little: the interval above is for all answers together.", ""]
+    lines += ["## Made by", "", *(f"- {key}: {value}" for key, value in report["made_by"].items()), ""]
+    return "\n".join(lines)
+
+
+def _columns(report: dict[str, Any]) -> list[tuple[str, str]]:
+    present = {column for cells in report["formats"].values() for column in cells}
+    labels = dict(COLUMNS) | report["labels"]
+    return [(column, labels[column]) for column, _ in COLUMNS if column in present]
+
+
+def _cell(scores: dict[str, float] | None) -> str:
+    return f"{scores['bits_per_byte']:.4f} ({scores['perplexity']:.2f})" if scores else "-"
+
+
+def _facts(report: dict[str, Any]) -> list[str]:
+    data, cut = report["data"], report["cut"]
+    scored = report["adapter"] or report["base"]
+    facts = [
+        f"Data: {data['name']}; {data['answers']:,} answers in {data['conversations']:,} conversations of {data['trees']} trees, "
+        f"{scored['num_tokens']:,} tokens, {scored['num_bytes']:,} bytes.",
+        f"Each answer is scored once, behind its own conversation, in a window of {report['window']:,} tokens. Cut, because they do not "
+        f"fit in every format: {cut['answers']} answers, {cut['tokens']:,} tokens, {cut['bytes']:,} bytes.",
+    ]
+    if report["base"]:
+        facts.append(
+            f"The base is scored in the trained format and in plain-text formats; the adapter is compared with the base's best score, "
+            f"{report['base']['format']} with {report['labels'][report['base']['column']]}."
+        )
+    if report["adapter"]:
+        facts.append(f"The checkpoint was chosen by: {report['chosen_by']}.")
+    if report["difference"]:
+        d = report["difference"]
+        facts.append(
+            f"The interval is a paired bootstrap over {d['trees']} trees ({d['samples']:,} samples), for the replies of one tree are not "
+            f"independent; the adapter is better on {d['better_trees']} of them."
+        )
+    for name in ("base", "adapter"):
+        if report[name] and report[name]["end_tokens"]:
+            facts.append(
+                f"End tokens ({name}), not part of the headline: {report[name]['end_nll']:.3f} nats each, "
+                f"a probability of {report[name]['end_probability']:.1%} in the geometric mean; bits per byte with them "
+                f"{report[name]['bits_per_byte_with_end']:.4f}."
+            )
+    return facts
