@@ -11,28 +11,25 @@ is read here alone. Scores are kept beside the report by what they were made fro
 """
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from rich.progress import track
 from torch import nn
 
-import qlora_suite
 from qlora_suite import dataset
+from qlora_suite.adapter import load_adapter
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
-from qlora_suite.conversations import Conversation
 from qlora_suite.engine import start as start_engine
-from qlora_suite.evaluation import AnswerScore, Cut, comparable, paired_interval, score, slices
+from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, excerpts, paired_interval, score, slices
 from qlora_suite.files import hash_of, read_json, sha256, write_json, write_text
+from qlora_suite.metric import corpus_perplexity
 from qlora_suite.model import base_fingerprint, load_base, load_config, load_tokenizer, versions
 from qlora_suite.recipe import Chat, Model, Recipe, load
 from qlora_suite.report import headline, markdown, result_table
@@ -43,7 +40,6 @@ from qlora_suite.tracking import console, say
 PLAIN_FORMATS = ("human_assistant", "instruct_output")
 """In which a base that has never seen our markers may do better."""
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
-METRIC = Path(qlora_suite.__file__).parent / "metrics" / "corpus_perplexity"
 
 
 @dataclass(frozen=True)
@@ -84,16 +80,16 @@ def run(subject: Subject) -> None:
     renderers = make_renderers(subject, manifest, trained)
     window = recipe.data.max_length
     if trained == "text":  # scored in pieces, so that nothing is cut
-        conversations, cut = everything, Cut()
+        found, cut = [Excerpt(c) for c in everything], Cut()
     else:
-        conversations, cut = comparable(everything, renderers.values(), window)
-        if not conversations:
+        found, cut = excerpts(everything, list(renderers.values()), window)
+        if not found:
             raise ValueError(f"no answer fits into data.max_length = {window} tokens in every format compared; raise it")
     scores: dict[str, dict[str, list[AnswerScore]]] = {}
     columns = make_columns(subject, dtype, tuple(renderers), trained)
     for column in columns:
-        for name, found in scores_of(column, subject, renderers, conversations, accelerator, dtype).items():
-            scores.setdefault(name, {})[column.name] = found
+        for name, answers in scores_of(column, subject, renderers, found, accelerator, dtype).items():
+            scores.setdefault(name, {})[column.name] = answers
 
     report = make_report(subject, scores, columns, trained)
     report |= {
@@ -101,9 +97,9 @@ def run(subject: Subject) -> None:
         "window": window,
         "data": {
             "name": describe_data(recipe),
-            "conversations": len(conversations),
+            "conversations": len({(e.conversation.key, e.conversation.ids) for e in found}),
             "answers": len(next(iter(next(iter(scores.values())).values()))),
-            "trees": len({c.group for c in conversations}),
+            "trees": len({e.conversation.group for e in found}),
             "validation_sha256": manifest["files"]["validation.arrow"]["sha256"],
         },
         "chosen_by": subject.chosen_by,
@@ -166,7 +162,7 @@ def scores_of(
     column: Column,
     subject: Subject,
     renderers: dict[str, Renderer],
-    conversations: list[Conversation],
+    chosen: list[Excerpt],
     accelerator: Accelerator,
     dtype: torch.dtype,
 ) -> dict[str, list[AnswerScore]]:
@@ -177,7 +173,7 @@ def scores_of(
         "adapter": fingerprint_of(column.adapter),
         "precision": str(dtype),
         "window": subject.recipe.data.max_length,
-        "conversations": hash_of([dataset.conversation_record(c) for c in conversations]),
+        "conversations": hash_of([[e.answers_before, dataset.conversation_record(e.conversation)] for e in chosen]),
     }
     found, net = {}, None
     for name in column.formats:
@@ -192,7 +188,7 @@ def scores_of(
         longest = subject.recipe.data.max_length
         limit = Limit(rows=256, tokens=max(longest, TOKENS_AT_ONCE.get(accelerator.device.type, 2048)))
         with accelerator.autocast():
-            found[name] = score(net, renderer, conversations, longest, limit, progress=lambda b, n=name: bar(b, f"{column.label}, {n}"))
+            found[name] = score(net, renderer, chosen, longest, limit, progress=lambda b, n=name: bar(b, f"{column.label}, {n}"))
         write_json(kept, [asdict(s) for s in found[name]])
     return found
 
@@ -202,10 +198,7 @@ def load_column(column: Column, device: torch.device, dtype: torch.dtype) -> nn.
     base = load_base(column.model, dtype, device)
     if column.adapter is None:
         return base
-    try:
-        return PeftModel.from_pretrained(base, column.adapter)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot put the adapter {column.adapter} on {column.model.base}: {str(error).splitlines()[0]}") from error
+    return load_adapter(base, column.adapter)
 
 
 def fingerprint_of(adapter: str | None) -> str | None:
@@ -220,9 +213,7 @@ def bar(batches: Sequence[Any], label: str) -> Any:
 
 def make_report(subject: Subject, scores: dict[str, dict[str, list[AnswerScore]]], columns: list[Column], trained: str) -> dict[str, Any]:
     """Sums to means, the base's best score, the paired difference, slices and every conversation."""
-    with tempfile.TemporaryDirectory() as cache:
-        metric = evaluate.load(str(METRIC), cache_dir=cache, keep_in_memory=True)
-        formats = {name: {column: summary(metric, found) for column, found in cells.items()} for name, cells in scores.items()}
+    formats = {name: {column: summary(found) for column, found in cells.items()} for name, cells in scores.items()}
     ours = scores[trained].get("adapter")
     candidates = [
         (s["bits_per_byte"], name, column) for name, cells in formats.items() for column, s in cells.items() if column != "adapter"
@@ -244,9 +235,9 @@ def make_report(subject: Subject, scores: dict[str, dict[str, list[AnswerScore]]
     }
 
 
-def summary(metric: evaluate.Metric, found: list[AnswerScore]) -> dict[str, float]:
+def summary(found: list[AnswerScore]) -> dict[str, float]:
     """The metric of the content, and the end tokens apart."""
-    means = metric.compute(nats=[a.nats for a in found], tokens=[a.tokens for a in found], bytes=[a.bytes for a in found])
+    means = corpus_perplexity([a.nats for a in found], [a.tokens for a in found], [a.bytes for a in found])
     end_nats, end_tokens = math.fsum(a.end_nats for a in found), sum(a.end_tokens for a in found)
     end_nll = end_nats / end_tokens if end_tokens else 0.0
     with_end = means["bits_per_byte"] + end_nats / math.log(2) / means["num_bytes"]

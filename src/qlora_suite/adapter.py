@@ -106,6 +106,14 @@ def add_adapter(model: PreTrainedModel, adapter: recipes.Adapter, token_ids: tup
     return peft_model
 
 
+def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
+    """A saved adapter (folder or hub id) on its base. Raises ValueError if it is not there or does not fit."""
+    try:
+        return PeftModel.from_pretrained(base, adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot put the adapter {adapter} on {base.config.name_or_path}: {str(error).splitlines()[0]}") from error
+
+
 def neftune(model: PreTrainedModel, alpha: float) -> None:
     """Add uniform noise in +-alpha / sqrt(length x width) to the input embeddings while training (Jain et al., 2023)."""
 

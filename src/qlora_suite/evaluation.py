@@ -68,47 +68,79 @@ def perplexity(nats: float, tokens: int, num_bytes: int) -> dict[str, float]:
 # --- scoring
 
 
-def comparable(conversations: Sequence[Conversation], renderers: Iterable[Renderer], window: int) -> tuple[list[Conversation], Cut]:
-    """The conversations up to the last answer that fits into the window in every format: all formats score the same answers.
+@dataclass(frozen=True)
+class Excerpt:
+    """As much of a conversation as fits into the window. Its learnt answers are to be scored."""
 
-    Plain texts are not cut here: they are scored in pieces.
+    conversation: Conversation
+    answers_before: int = 0
+    """Answers of the whole conversation that were left out in front."""
+
+
+def excerpts(conversations: Sequence[Conversation], renderers: Sequence[Renderer], window: int) -> tuple[list[Excerpt], Cut]:
+    """Each learnt answer once, behind as much of its conversation as fits into the window in every format.
+
+    With room for three turns of U1 A1 U2 A2 U3 A3 (A3 being too long for any context but its own question):
+
+        U1 A1     |  U2 A2  |  U3 A3
+
+    so that all formats score the same answers behind the same words. An answer that does not fit even behind its own question is
+    cut, and counted.
     """
-    kept, answers, tokens, num_bytes = [], 0, 0, 0
-    renderers = list(renderers)
+    kept: list[Excerpt] = []
+    answers, tokens, num_bytes = 0, 0, 0
     for conversation in conversations:
-        rendered = [renderer.render(conversation) for renderer in renderers]
-        fitting = min(_turns_that_fit(r, window) for r in rendered)
-        lost = [turn for turn in rendered[0].turns if turn.learn and turn.index >= fitting]
-        answers, tokens = answers + len(lost), tokens + sum(turn.end - turn.start for turn in lost)
-        num_bytes += sum(turn.num_bytes for turn in lost)
-        if any(turn.learn and turn.index < fitting for turn in rendered[0].turns):
-            kept.append(replace(conversation, turns=conversation.turns[:fitting]))
+        waiting = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant" and turn.learn]
+        start = 0
+        while waiting:
+            until = _turns_that_fit(conversation, start, renderers, window)
+            fitting = [i for i in waiting if i < until]
+            if fitting:
+                turns = [replace(t, learn=t.learn and start + i in fitting) for i, t in enumerate(conversation.turns[start:until], 0)]
+                before = sum(t.role == "assistant" for t in conversation.turns[:start])
+                kept.append(Excerpt(replace(conversation, turns=tuple(turns)), before))
+                waiting = waiting[len(fitting) :]
+                start = 0
+                continue
+            later = [i for i in range(start + 1, waiting[0]) if conversation.turns[i].role == "user"]
+            if later:
+                start = later[0]
+                continue
+            lost = renderers[0].render(replace(conversation, turns=conversation.turns[: waiting[0] + 1])).turns[-1]
+            answers, tokens, num_bytes = answers + 1, tokens + lost.end - lost.start, num_bytes + lost.num_bytes
+            waiting, start = waiting[1:], 0
     return kept, Cut(answers, tokens, num_bytes)
 
 
-def _turns_that_fit(rendered: Rendered, window: int) -> int:
-    return max((turn.index + 1 for turn in rendered.turns if turn.end < min(window, len(rendered.ids))), default=0)
+def _turns_that_fit(conversation: Conversation, start: int, renderers: Sequence[Renderer], window: int) -> int:
+    """How many turns fit into the window in every format, when those before `start` are left out."""
+    rest = replace(conversation, turns=conversation.turns[start:])
+    fitting = []
+    for renderer in renderers:
+        rendered = renderer.render(rest)
+        fitting.append(max((start + t.index + 1 for t in rendered.turns if t.end < min(window, len(rendered.ids))), default=0))
+    return min(fitting)
 
 
 @torch.no_grad()
 def score(
     model: nn.Module,
     renderer: Renderer,
-    conversations: Sequence[Conversation],
+    found: Sequence[Excerpt],
     window: int,
     limit: Limit,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> list[AnswerScore]:
-    """Every learnt answer of the conversations, in their order. They must fit into the window; a plain text may be longer.
+    """Every learnt answer of the excerpts, in their order. They must fit into the window; a plain text may be longer.
 
-    A conversation is a row of its own, so that the result depends on neither packing nor batch size.
+    An excerpt is a row of its own, so that the result depends on neither packing nor batch size.
     """
     device = next(model.parameters()).device
     pieces: list[tuple[int, Rendered]] = []
-    for i, conversation in enumerate(conversations):
-        rendered = renderer.render(conversation)
+    for i, excerpt in enumerate(found):
+        rendered = renderer.render(excerpt.conversation)
         parts = shorten(rendered, window, "split").pieces if renderer.layout is None else [rendered]
-        assert all(len(part.ids) <= window for part in parts), f"conversation {conversation.key} does not fit into {window} tokens"
+        assert all(len(part.ids) <= window for part in parts), f"{excerpt.conversation.key} does not fit into {window} tokens"
         pieces += [(i, part) for part in parts]
     lengths = [len(part.ids) for _, part in pieces]
     order = sorted(range(len(pieces)), key=lambda p: (-lengths[p], p))
@@ -121,17 +153,18 @@ def score(
         ends = np.cumsum([sum(row["supervised"]) for row in rows])
         for p, of_row in zip(batch, np.split(losses, ends[:-1]), strict=True):
             i, part = pieces[p]
-            answers[p] = _answers(conversations[i], part, of_row)
+            answers[p] = _answers(found[i], part, of_row)
     model.train(was_training)
     return _joined([answer for of_piece in answers for answer in of_piece])
 
 
-def _answers(conversation: Conversation, rendered: Rendered, losses: np.ndarray) -> list[AnswerScore]:
+def _answers(excerpt: Excerpt, rendered: Rendered, losses: np.ndarray) -> list[AnswerScore]:
     """The losses of one row's supervised tokens, by answer. [supervised] float64"""
+    conversation = excerpt.conversation
     by_place = np.zeros(len(rendered.ids))
     by_place[np.asarray(rendered.supervised)] = losses
     scores = []
-    for number, turn in enumerate(rendered.turns, 1):
+    for number, turn in enumerate(rendered.turns, excerpt.answers_before + 1):
         if turn.learn:
             end = by_place[turn.end : turn.end + 1]
             scores.append(

@@ -81,7 +81,19 @@ def load_base(model: recipes.Model, dtype: torch.dtype, device: torch.device) ->
     if wrong:
         found = "; ".join(f"{what.replace('_', ' ')}: {', '.join(names)}" for what, names in wrong.items())
         raise ValueError(f"the weights of {model.base} do not fit {type(loaded).__name__}: {found}")
+    _keep_4bit_layout(loaded)
     return loaded
+
+
+def _keep_4bit_layout(model: nn.Module) -> None:
+    """Let previews and evaluation leave the weights alone.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in eval mode, for a faster kernel that
+    computes in bf16 and has no backward pass, and never packs them back: training after a preview dies or goes wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def logical_size(parameter: nn.Parameter) -> int:

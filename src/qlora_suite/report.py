@@ -70,8 +70,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
     facts = [
         f"Data: {data['name']}; {data['answers']:,} answers in {data['conversations']:,} conversations of {data['trees']} trees, "
         f"{scored['num_tokens']:,} tokens, {scored['num_bytes']:,} bytes.",
-        f"Each answer is scored once, behind its own conversation, in a window of {report['window']:,} tokens. Cut, because they do not "
-        f"fit in every format: {cut['answers']} answers, {cut['tokens']:,} tokens, {cut['bytes']:,} bytes.",
+        f"Each answer is scored once, behind as much of its conversation as fits into {report['window']:,} tokens. Cut, because they do "
+        f"not fit in every format: {cut['answers']} answers, {cut['tokens']:,} tokens, {cut['bytes']:,} bytes.",
     ]
     if report["base"]:
         facts.append(
