@@ -208,7 +208,7 @@ def fingerprint_of(adapter: str | None) -> str | None:
 
 
 def bar(batches: Sequence[Any], label: str) -> Any:
-    return track(batches, description=f"scoring {label}", console=console, transient=True)
+    return track(batches, description=f"scoring {label}", console=console, transient=True, disable=not console.is_terminal)
 
 
 def make_report(subject: Subject, scores: dict[str, dict[str, list[AnswerScore]]], columns: list[Column], trained: str) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def progress(items: Iterable[Any], description: str, total: int) -> Iterable[Any
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield from bar.track(items, total=total, description=description)
 
 

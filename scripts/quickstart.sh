@@ -43,7 +43,7 @@ fi
 if [[ "$fresh" == true ]]; then run_shown rm -rf runs/quickstart prepared/quickstart; fi
 
 run_shown "${PYTHON_COMMAND[@]}" scripts/prepare_data.py recipes/quickstart.yaml
-run_shown "${PYTHON_COMMAND[@]}" scripts/evaluate.py recipes/quickstart.yaml --model base
+run_shown "${PYTHON_COMMAND[@]}" scripts/evaluate.py recipes/quickstart.yaml
 run_shown "${LAUNCH_COMMAND[@]}" --config_file "accelerate_configs/$DEVICE.yaml" scripts/train.py recipes/quickstart.yaml
 run_shown "${PYTHON_COMMAND[@]}" scripts/evaluate.py runs/quickstart
 

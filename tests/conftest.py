@@ -1,5 +1,6 @@
 """What many tests need: a tiny random Phi with a tokenizer of its own, real OASST1 messages, recipes and processes to run them."""
 
+import functools
 import gzip
 import json
 import os
@@ -71,35 +72,37 @@ def make_recipe(tmp_path: Path, tiny_base: Path, oasst_file: Path) -> MakeRecipe
     Each call gives another file; data.prepared and output.dir are below the test's own folder unless overridden.
     """
 
-    def make(*overrides: str) -> Path:
-        tree: dict[str, Any] = {
-            "model": {"base": str(tiny_base)},
-            "data": {
-                "source": str(oasst_file),
-                "split": "by_tree",
-                "policy": "all_paths",
-                "dev_share": 0.1,
-                "prepared": str(tmp_path / "prepared"),
-                "max_length": 256,
-            },
-            "adapter": {"rank": 4, "alpha": 8},
-            "optim": {"learning_rate": 2e-3, "schedule": "constant"},
-            "train": {"rows_per_step": 8, "max_steps": 20},
-            "checkpoints": {"every_minutes": None},
-            "output": {"dir": str(tmp_path / "run")},
-        }
-        for override in overrides:
-            key, _, value = override.partition("=")
-            *sections, last = key.split(".")
-            section = tree
-            for name in sections:
-                section = section.setdefault(name, {})
-            section[last] = yaml.safe_load(value)
-        path = tmp_path / f"recipe{len(list(tmp_path.glob('recipe*.yaml')))}.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return path
+    return functools.partial(write_recipe, tmp_path, tiny_base, oasst_file)
 
-    return make
+
+def write_recipe(folder: Path, base: Path, source: Path, *overrides: str) -> Path:
+    """A recipe's file in `folder`; what it makes is written there too."""
+    tree: dict[str, Any] = {
+        "model": {"base": str(base)},
+        "data": {
+            "source": str(source),
+            "split": "by_tree",
+            "policy": "all_paths",
+            "dev_share": 0.1,
+            "prepared": str(folder / "prepared"),
+            "max_length": 256,
+        },
+        "adapter": {"rank": 4, "alpha": 8},
+        "optim": {"learning_rate": 2e-3, "schedule": "constant"},
+        "train": {"rows_per_step": 8, "max_steps": 20},
+        "checkpoints": {"every_minutes": None},
+        "output": {"dir": str(folder / "run")},
+    }
+    for override in overrides:
+        key, _, value = override.partition("=")
+        *sections, last = key.split(".")
+        section = tree
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[last] = yaml.safe_load(value)
+    path = folder / f"recipe{len(list(folder.glob('recipe*.yaml')))}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
 
 
 def run_script(name: str, *args: str | Path, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
