@@ -79,6 +79,8 @@ def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     for reason, count in counts["dropped"].items():
         say(f"  dropped: {reason:<20} {count:>9,}")
     say(f"{counts['unit']} kept {kept:>9,}")
+    if counts["capped"]:
+        say(f"train conversations beyond data.max_examples: {counts['capped']:,}")
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for split in SPLITS:

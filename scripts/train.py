@@ -84,7 +84,8 @@ def train(recipe: Recipe) -> None:
             """Does this micro-batch fit? Tried on the longest rows, so that a later step cannot be worse."""
             set_checkpointing(base, checkpointing)
             try:
-                backward_of(rows.lengths.argsort()[::-1][:size].tolist(), num_tokens=1)
+                # last=False: a rank that runs out of memory must not leave the others waiting for its gradients
+                backward_of(rows.lengths.argsort()[::-1][:size].tolist(), num_tokens=1, last=False)
             finally:
                 opt.zero_grad(set_to_none=True)
 

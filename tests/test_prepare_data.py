@@ -1,11 +1,69 @@
 """scripts/prepare_data.py: what it writes, what it counts, and what it says when it cannot."""
 
+import gzip
+import hashlib
+import importlib.util
 import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from conftest import MakeRecipe, run_script
+import pytest
+from conftest import ROOT, MakeRecipe, run_script
 
 from qlora_suite import dataset
-from qlora_suite.recipe import load
+from qlora_suite.command_line import with_clear_errors
+from qlora_suite.conversations import Conversation
+from qlora_suite.dataset import MANIFEST, Rows, load_manifest, read_conversations
+from qlora_suite.preparation import SPLITS
+from qlora_suite.recipe import Recipe, load
+
+ASSET = ROOT / "assets" / "oasst1_en_validation.jsonl.gz"
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    """scripts/prepare_data.py as a module: starting a process for each test would take longer than the tests."""
+    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "scripts" / "prepare_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepared(script: ModuleType, recipe: Recipe, ids: Path | None = None, export: Path | None = None) -> dict[str, Any]:
+    """Run the script; returns the manifest."""
+    script.run(recipe, str(ids) if ids else None, str(export) if export else None)
+    return load_manifest(recipe)
+
+
+def rows_of(recipe: Recipe, split: str = "train") -> Rows:
+    return Rows(Path(recipe.data.prepared) / f"{split}.arrow")
+
+
+def validation_of(recipe: Recipe) -> list[Conversation]:
+    return read_conversations(Path(recipe.data.prepared) / "validation.arrow")
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def refusal(script: ModuleType, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a person sees: one sentence, exit code 2, no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        with_clear_errors(lambda: script.run(recipe, None, None), debug=False)
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert "Traceback" not in shown
+    return shown
+
+
+# --- what is written
 
 
 def test_run_again_it_reuses_what_is_there(make_recipe: MakeRecipe) -> None:
@@ -18,3 +76,316 @@ def test_run_again_it_reuses_what_is_there(make_recipe: MakeRecipe) -> None:
     manifest = dataset.load_manifest(load(recipe))
     assert manifest["counts"]["train"]["supervised"] > 0
     assert json.dumps(manifest["role_markers"]["token_ids"]) == "[1024, 1025]"
+
+
+def test_the_same_recipe_gives_the_same_bytes(script: ModuleType, make_recipe: MakeRecipe) -> None:
+    recipe = load(make_recipe())
+    first = prepared(script, recipe)
+    shutil.rmtree(recipe.data.prepared)
+    assert prepared(script, recipe) == first
+
+
+def test_no_tree_stands_in_two_splits(script: ModuleType, make_recipe: MakeRecipe, messages: list[dict[str, Any]]) -> None:
+    recipe = load(make_recipe())
+    manifest = prepared(script, recipe)
+    tree_of = {m["message_id"]: m["message_tree_id"] for m in messages}
+    trees = {
+        split: {tree_of[key] for i in range(len(rows_of(recipe, split))) for key in rows_of(recipe, split).examples(i)}
+        for split in ("train", "dev")
+    }
+    trees["validation"] = {c.group for c in validation_of(recipe)}
+    assert all(trees.values())
+    assert sum(map(len, trees.values())) == len(set().union(*trees.values()))
+    assert {split: manifest["counts"][split]["trees"] for split in trees} == {split: len(found) for split, found in trees.items()}
+
+
+def test_the_validation_rows_are_messages(script: ModuleType, make_recipe: MakeRecipe, messages: list[dict[str, Any]]) -> None:
+    recipe = load(make_recipe())
+    manifest = prepared(script, recipe)
+    text_of = {m["message_id"]: m["text"] for m in messages}
+    found = validation_of(recipe)
+    assert len(found) == manifest["counts"]["validation"]["kept"] > 0
+    for conversation in found:
+        assert conversation.turns[-1].role == "assistant"
+        assert [t.content for t in conversation.turns] == [text_of[i] for i in conversation.ids[: len(conversation.turns)]]
+    learnt = [i for c in found for i, t in zip(c.ids, c.turns, strict=False) if t.role == "assistant" and t.learn]
+    assert len(learnt) == len(set(learnt))
+
+
+@pytest.mark.parametrize(
+    ("policy", "count", "digest"),
+    [
+        ("best_path", 188, "44a8254bf4f6a2e5853016c81359aab97ff5105e1e81076c8e43591ec95f91d8"),
+        ("joined_replies", 480, "c3214e99fddc5a8d7ba2d7e967774d041cd6482d63ef86890d8ff4193c396bec"),
+        ("best_replies", 418, "37db4f23514a27246cbc08c55ae8d6f7bff04cacafc6b8c254883b194783bb5c"),
+        ("all_replies", 1185, "ff0bc6efdc62168eaf1a1451d195bfe49f46a66e0d9dc095d59677989a5f1067"),
+        ("all_paths", 1002, "f93ce5abac5410e1ccb58a50fa5096a056443bc56597adbfc83a601dbbd1598b"),
+    ],
+)
+def test_ids_of_the_embedded_file_are_the_published_ones(
+    script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, count: int, digest: str
+) -> None:
+    overrides = [f"data.source={ASSET}", "data.split=all", "data.filters=null", f"data.policy={policy}"]
+    # The ids are written before anything is tokenised, which takes most of the time.
+    monkeypatch.setattr(script, "prepare", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        script.run(load(make_recipe(), overrides), str(tmp_path / "ids.tsv"), None)
+    lines = (tmp_path / "ids.tsv").read_text().splitlines(keepends=True)
+    assert len(lines) == count
+    assert hashlib.sha256("".join(sorted(lines)).encode()).hexdigest() == digest
+
+
+def test_readable_conversations_are_exported(
+    script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path, messages: list[dict[str, Any]]
+) -> None:
+    recipe = load(make_recipe())
+    ids, export = tmp_path / "ids.tsv", tmp_path / "chats.jsonl"
+    manifest = prepared(script, recipe, ids, export)
+    lines = [json.loads(line) for line in export.read_text().splitlines()]
+    text_of = {m["message_id"]: m["text"] for m in messages}
+    assert len(lines) == sum(manifest["counts"][split]["conversations"] for split in SPLITS)
+    for line, named in zip(lines, ids.read_text().splitlines(), strict=True):
+        key, _, conversation_ids = named.partition("\t")
+        assert line["key"] == key
+        assert [m["content"] for m in line["messages"]] == [text_of[i] for i in conversation_ids.split()]
+        assert {m["role"] for m in line["messages"]} <= {"user", "assistant"}
+    # Chats that were written are chats that can be read, also when the data is up to date.
+    again = tmp_path / "again.jsonl"
+    assert prepared(script, recipe, export=again) == manifest
+    assert again.read_bytes() == export.read_bytes()
+    chats = load(make_recipe(f"data.source={export}", f"data.prepared={tmp_path / 'chats'}", "data.policy=null"))
+    assert prepared(script, chats)["counts"]["train"]["kept"] > 0
+
+
+@pytest.mark.parametrize(
+    "overrides", [("data.max_length=4096",), ("data.max_length=64",), ("data.max_length=64", "data.too_long=drop", "data.packing=false")]
+)
+def test_the_funnel_adds_up(script: ModuleType, make_recipe: MakeRecipe, overrides: tuple[str, ...], capsys) -> None:
+    recipe = load(make_recipe(), overrides)
+    counts = prepared(script, recipe)["counts"]
+    assert counts["read"] == 400
+    for split in SPLITS:
+        c = counts[split]
+        assert c["conversations"] == c["kept"] + c["unanswered"] + c["nothing_new"] + c["dropped_too_long"]
+        assert c["cut_conversations"] <= c["kept"]
+        assert c["trees"] <= c["conversations"]
+    for split in ("train", "dev"):
+        rows, c = rows_of(recipe, split), counts[split]
+        assert (c["rows"], c["tokens"], c["supervised"]) == (len(rows), rows.lengths.sum(), rows.num_supervised.sum())
+        assert sum(len(rows.examples(i)) for i in range(len(rows))) == c["kept"]
+        assert all(rows.lengths <= recipe.data.max_length)
+        assert all(rows.num_supervised > 0), "a row without a supervised token"
+    short = recipe.data.max_length == 64
+    assert (counts["train"]["cut_tokens"] > 0) is short
+    assert (counts["train"]["dropped_too_long"] > 0) is short
+    shown = capsys.readouterr().out
+    assert "messages read       400" in shown
+    assert f"{counts['train']['supervised']:,}" in shown
+
+
+def test_what_is_cut_and_what_is_kept_is_everything(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    whole = prepared(script, load(make_recipe("data.max_length=4096")))["counts"]["train"]
+    assert whole["cut_tokens"] == 0
+    for i, too_long in enumerate(("truncate", "drop")):
+        recipe = load(make_recipe("data.max_length=64", f"data.too_long={too_long}", f"data.prepared={tmp_path / str(i)}"))
+        cut = prepared(script, recipe)["counts"]["train"]
+        assert cut["supervised"] + cut["cut_tokens"] == whole["supervised"]
+        assert cut["cut_bytes"] > cut["cut_tokens"]
+
+
+def test_max_examples_takes_that_many_and_the_rest_stays_as_it_is(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    whole, few = (prepared(script, load(make_recipe(f"data.max_examples={n}", f"data.prepared={tmp_path / n}"))) for n in ("null", "9"))
+    assert few["counts"]["train"]["conversations"] == 9
+    assert few["counts"]["dev"] == whole["counts"]["dev"]
+    assert few["files"]["validation.arrow"] == whole["files"]["validation.arrow"]
+
+
+# --- other kinds of rows
+
+
+def test_plain_texts_are_learnt_but_for_the_start(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    texts = [f"The number {i} comes after {i - 1}, and so on." for i in range(40)]
+    source = write_lines(tmp_path / "texts.jsonl", [{"text": t} for t in texts] + [{"text": "  "}, {"text": 5}])
+    recipe = load(make_recipe(f"data.source={source}", "data.policy=null", "chat.format=text", "data.packing=false"))
+    manifest = prepared(script, recipe)
+    assert manifest["counts"]["dropped"] == {"empty": 1, "no text": 1}
+    assert manifest["role_markers"]["token_ids"] == []
+    rows = rows_of(recipe)
+    assert len(rows) == manifest["counts"]["train"]["conversations"]
+    for row in (rows[i] for i in range(len(rows))):
+        assert row["supervised"].tolist() == [False] + [True] * (len(row["input_ids"]) - 1)
+        assert row["input_ids"][0] == row["input_ids"][-1]  # the tiny base starts and ends texts with the same token
+    assert {c.turns[0].content for c in validation_of(recipe)} < set(texts)
+
+
+def test_split_texts_lose_nothing(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    overrides = ["data.policy=each_message", "chat.format=text", "data.packing=false"]
+    whole = load(make_recipe(*overrides, "data.max_length=4096"))
+    split = load(make_recipe(*overrides, "data.max_length=50", "data.too_long=split", f"data.prepared={tmp_path / 'split'}"))
+    one, many = (prepared(script, recipe)["counts"]["train"] for recipe in (whole, split))
+    assert many["supervised"] == one["supervised"]
+    assert many["cut_tokens"] == 0
+    assert many["kept"] == one["kept"] < many["rows"] == len(rows_of(split))
+
+
+def test_chats_are_prepared(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    chats = [{"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": f"Answer {i}."}]} for i in range(40)]
+    open_end = {"messages": [*chats[0]["messages"], {"role": "user", "content": "And then?"}]}
+    unanswered = {"messages": [{"role": "user", "content": "Anyone?"}]}
+    source = write_lines(tmp_path / "chats.jsonl", [*chats[1:], open_end, unanswered, {"messages": []}])
+    recipe = load(make_recipe(f"data.source={source}", "data.policy=null", "data.split=all", "data.dev_share=0.0"))
+    manifest = prepared(script, recipe)
+    counts = manifest["counts"]
+    assert (counts["unit"], counts["read"], counts["dropped"]) == ("rows", 42, {"empty": 1})
+    assert (counts["train"]["kept"], counts["train"]["open_ends"], counts["train"]["unanswered"]) == (40, 1, 1)
+    assert counts["dev"]["rows"] == len(rows_of(recipe, "dev")) == len(validation_of(recipe)) == 0
+    assert manifest["chat_template"] == {"checked": 40, "agreed": 40}
+
+
+# --- what cannot be prepared
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.policy=null"], "data.policy must say which conversations to take"),
+        (["data.source=nothing.jsonl"], "there is no file or folder nothing.jsonl"),
+        (["data.max_length=4", "data.too_long=drop"], "no conversation is left to train on: of 400 messages read"),
+        (["data.filters.languages=[fr]"], "these were left out: 400 language"),
+        (["model.base=nothing/here"], "cannot load the base model from nothing/here"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(script, make_recipe: MakeRecipe, capsys, overrides: list[str], words: str) -> None:
+    recipe = load(make_recipe(), overrides)
+    assert words in refusal(script, recipe, capsys)
+    assert not Path(recipe.data.prepared).exists()
+    assert not list(Path(recipe.data.prepared).parent.glob(".*tmp"))
+
+
+def test_a_malformed_line_is_named_with_its_file_and_number(script, make_recipe: MakeRecipe, tmp_path: Path, capsys) -> None:
+    source = tmp_path / "broken.jsonl"
+    source.write_text('{"text": "fine"}\n{"text": "not\n')
+    said = refusal(script, load(make_recipe(f"data.source={source}", "data.policy=null", "chat.format=text")), capsys)
+    assert f"{source}" in said
+    assert "2" in said.replace(str(source), "")
+    assert "not JSON" in said
+
+
+def test_a_policy_for_data_without_trees_is_refused(script, make_recipe: MakeRecipe, tmp_path: Path, capsys) -> None:
+    source = write_lines(tmp_path / "texts.jsonl", [{"text": "Hello"}])
+    said = refusal(script, load(make_recipe(f"data.source={source}")), capsys)
+    assert "data.policy: all_paths has no effect on text rows" in said
+
+
+def test_a_tree_in_train_and_validation_is_refused(script, make_recipe: MakeRecipe, oasst_file: Path, capsys) -> None:
+    recipe = load(make_recipe("data.split=published", f"data.validation_source={oasst_file}"))
+    assert "trees stand in both train and validation" in refusal(script, recipe, capsys)
+
+
+def test_a_folder_of_something_else_is_not_overwritten(script, make_recipe: MakeRecipe, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    recipe = load(make_recipe(f"data.prepared={tmp_path / 'mine'}"))
+    assert "holds something else, which would be overwritten" in refusal(script, recipe, capsys)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+# --- stale and damaged
+
+
+def complaint(recipe: Recipe) -> str:
+    with pytest.raises(ValueError, match=r"run: python scripts/prepare_data\.py ") as caught:
+        load_manifest(recipe)
+    return str(caught.value)
+
+
+def test_train_answers_missing_data_with_the_one_command_to_run(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    ended = run_script("train.py", recipe, "data.max_length=128")
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stdout + ended.stderr
+    command = f"run: python scripts/prepare_data.py {recipe} data.max_length=128"
+    assert [line for line in ended.stderr.splitlines() if line.startswith("error: there is no prepared data in") and command in line]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.max_length=128", "data.max_length was 256 and is now 128"),
+        ("data.policy=best_path", "data.policy was 'all_paths' and is now 'best_path'"),
+        ("chat.format=human_assistant", "chat.format was 'oasst' and is now 'human_assistant'"),
+        ("data.filters=null", "data.filters was "),
+        ("model.revision=main", "model.revision was None and is now 'main'"),
+    ],
+)
+def test_data_of_another_recipe_is_stale(script, make_recipe: MakeRecipe, override: str, words: str) -> None:
+    recipe = make_recipe()
+    prepared(script, load(recipe))
+    assert words in complaint(load(recipe, [override]))
+    load_manifest(load(recipe, ["optim.learning_rate=0.5", "adapter.rank=2", "seed=3"]))  # these prepare nothing else
+
+
+def test_data_of_a_changed_source_is_stale(script, make_recipe: MakeRecipe, oasst_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    lines = oasst_file.read_text().splitlines(keepends=True)
+    (folder / "a.jsonl").write_text("".join(lines[:200]))
+    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
+        file.writelines(lines[200:])
+    recipe = load(make_recipe(f"data.source={folder}"))
+    prepared(script, recipe)
+    kept = (folder / "b.jsonl.gz").read_bytes()
+
+    (folder / "b.jsonl.gz").unlink()
+    assert "b.jsonl.gz is gone" in complaint(recipe)
+    (folder / "b.jsonl.gz").write_bytes(kept)
+    load_manifest(recipe)
+    (folder / "a.jsonl").write_text("".join(lines[:199]))
+    assert "a.jsonl has changed" in complaint(recipe)
+    assert prepared(script, recipe)["counts"]["read"] == 399
+    shutil.rmtree(folder)
+    load_manifest(recipe)  # a compute node has the rows, not the raw data
+
+
+def test_data_of_a_base_with_another_tokenizer_is_stale(script, make_recipe: MakeRecipe, tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    recipe = load(make_recipe(f"model.base={base}"))
+    prepared(script, recipe)
+    (base / "tokenizer.json").write_text((base / "tokenizer.json").read_text() + "\n")
+    assert "tokenizer.json has changed" in complaint(recipe)
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "dev.arrow", "validation.arrow", "tokenizer/tokenizer.json"])
+def test_one_flipped_bit_is_damage(script, make_recipe: MakeRecipe, name: str) -> None:
+    recipe = load(make_recipe())
+    prepared(script, recipe)
+    path = Path(recipe.data.prepared) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert f"is damaged: {name} does not have the hash" in complaint(recipe)
+    path.unlink()
+    assert f"is damaged: {name} is missing" in complaint(recipe)
+    prepared(script, recipe)  # which repairs it
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1}'])
+def test_a_manifest_that_is_none_is_answered_with_the_command(script, make_recipe: MakeRecipe, text: str) -> None:
+    recipe = load(make_recipe())
+    prepared(script, recipe)
+    (Path(recipe.data.prepared) / MANIFEST).write_text(text)
+    complaint(recipe)
+    prepared(script, recipe)
+
+
+def test_an_interrupted_preparation_leaves_the_old_data(script, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load(make_recipe())
+    before = prepared(script, recipe)
+    monkeypatch.setattr(script, "progress", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    (Path(recipe.data.prepared) / "dev.arrow").rename(Path(recipe.data.prepared) / "aside")
+    with pytest.raises(KeyboardInterrupt):
+        script.run(recipe, None, None)
+    (Path(recipe.data.prepared) / "aside").rename(Path(recipe.data.prepared) / "dev.arrow")
+    assert load_manifest(recipe) == before
+    assert not list(Path(recipe.data.prepared).parent.glob(".*tmp"))

@@ -95,9 +95,9 @@ def add_adapter(model: PreTrainedModel, adapter: recipes.Adapter, token_ids: tup
         use_dora=adapter.dora,
         init_lora_weights=True if adapter.init == "default" else adapter.init,
         trainable_token_indices=rows,
+        # PEFT matches targets by suffix; the head is not in a layer and must stay untouched even if its name fits one.
+        exclude_modules=re.escape(_path_of(model, model.get_output_embeddings())),
     )
-    # PEFT matches by suffix; the head is not in a layer and must stay untouched even if its name fits a target.
-    config.exclude_modules = _name_of(model, model.get_output_embeddings())
     peft_model = get_peft_model(model, config)
     if token_ids:
         _start_from_the_mean(peft_model, model)
@@ -115,7 +115,10 @@ def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
 
 
 def neftune(model: PreTrainedModel, alpha: float) -> None:
-    """Add uniform noise in +-alpha / sqrt(length x width) to the input embeddings while training (Jain et al., 2023)."""
+    """Add uniform noise in +-alpha / sqrt(length x width) to the input embeddings while training (Jain et al., 2023).
+
+    After `add_adapter`: PEFT computes the embedding itself where rows of it are trained, and would pass by a hook set before.
+    """
 
     def add_noise(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
@@ -135,7 +138,7 @@ class Size:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / (self.base + self.trainable)
-        text = f"{self.trainable:,} trainable beside {self.base:,} of the base ({share:.2f} %)"
+        text = f"{self.trainable:,} trainable beside {self.base:,} loaded from the base ({share:.2f} %)"
         return text if self.packed == self.base else f"{text}; counted as stored, the base has {self.packed:,}"
 
 
@@ -148,7 +151,11 @@ def size(model: nn.Module) -> Size:
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     """Last part of a module's name, the form in which PEFT wants it."""
-    return next(name for name, module in model.named_modules() if module is wanted).rpartition(".")[2]
+    return _path_of(model, wanted).rpartition(".")[2]
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _start_from_the_mean(peft_model: PeftModel, model: PreTrainedModel) -> None:

@@ -24,6 +24,8 @@ from qlora_suite.recipe import Recipe
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+BASE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model")
+"""Files of a local base that decide the ids: the vocabulary, the control tokens and how many embedding rows are spare."""
 
 ROWS = pa.schema(
     [
@@ -135,11 +137,18 @@ def recipe_part(recipe: Recipe) -> dict[str, Any]:
 
 
 def source_hashes(recipe: Recipe) -> dict[str, str]:
-    """sha256 of every local file that the recipe's data is read from (a hub id has none: its revision stands in the manifest)."""
-    sources = [recipe.data.source, recipe.data.validation_source]
-    names = [name for s in sources if s is not None for name in ([s] if isinstance(s, str) else s)]
-    files = [f for name in names for f in ([Path(name)] if Path(name).is_file() else sorted(Path(name).rglob("*")))]
+    """sha256 of every local file that the recipe's rows are made from: the data, and the tokenizer and config of the base.
+
+    A hub id has none: its revision stands in the manifest.
+    """
+    files = [f for name in _source_names(recipe) for f in ([Path(name)] if Path(name).is_file() else sorted(Path(name).rglob("*")))]
+    files += [f for f in sorted(Path(recipe.model.base).glob("*")) if f.name in BASE_FILES]
     return {str(f): sha256(f) for f in files if f.is_file()}
+
+
+def _source_names(recipe: Recipe) -> list[str]:
+    sources = [recipe.data.source, recipe.data.validation_source]
+    return [name for s in sources if s is not None for name in ([s] if isinstance(s, str) else s)]
 
 
 def load_manifest(recipe: Recipe) -> dict[str, Any]:
@@ -148,10 +157,15 @@ def load_manifest(recipe: Recipe) -> dict[str, Any]:
     Raises ValueError, with the command to run, if the data is missing, damaged or stale.
     """
     folder = Path(recipe.data.prepared)
-    remedy = "run: python scripts/prepare_data.py RECIPE (with the same overrides)"
+    remedy = f"run: python scripts/prepare_data.py {recipe.command_line}"
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"there is no prepared data in {folder}; {remedy}")
-    manifest = read_json(folder / MANIFEST)
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    if not isinstance(manifest, dict) or not {"recipe", "sources", "files", "counts", "role_markers"} <= manifest.keys():
+        raise ValueError(f"{folder / MANIFEST} is not a manifest of prepared data; {remedy}")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{folder} has format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}; {remedy}")
     stale = staleness(manifest, recipe)
@@ -176,6 +190,10 @@ def staleness(manifest: Mapping[str, Any], recipe: Recipe) -> str | None:
     for name, digest in current.items():
         if manifest["sources"].get(name) != digest:
             return f"{name} has changed"
+    for name in manifest["sources"]:
+        # Raw data may be gone as a whole (a compute node needs the rows alone), but not a part of it.
+        if name not in current and any(Path(folder).is_dir() and Path(name).is_relative_to(folder) for folder in _source_names(recipe)):
+            return f"{name} is gone"
     return None
 
 

@@ -71,8 +71,9 @@ def load_base(model: recipes.Model, dtype: torch.dtype, device: torch.device) ->
             config=config,
             dtype=dtype,
             quantization_config=_quantization(model, dtype),
-            device_map={"": device},
+            device_map={"": device if device.index is not None or device.type == "cpu" else 0},  # accelerate says "cuda" for the only GPU
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:

@@ -30,7 +30,9 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[d
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}:{key}"] = value.detach().cpu().contiguous()
+                tensor = value.detach().cpu().contiguous()
+                # bitsandbytes shares its tables between parameters, which safetensors refuses.
+                tensors[f"{name}:{key}"] = tensor.clone() if key.startswith("qmap") else tensor
             else:
                 numbers[f"{name}:{key}"] = value
     return tensors, numbers

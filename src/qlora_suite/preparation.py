@@ -38,6 +38,8 @@ class Selection:
     """Messages (OASST) or rows read."""
     unit: str
     dropped: Counter[str] = field(default_factory=Counter)
+    capped: int = 0
+    """Train conversations beyond data.max_examples."""
 
 
 def select(data: Data) -> Selection:
@@ -63,9 +65,13 @@ def select(data: Data) -> Selection:
         selection.dropped += dropped
         for conversation in found:
             selection.splits[_split_of(conversation.group, name, data)].append(conversation)
+    if kind != "oasst":
+        _drop_repeats(selection)
     _check_disjoint(selection.splits)
     if data.max_examples is not None:
-        selection.splits["train"] = _first_by_tree(selection.splits["train"], data.max_examples)
+        kept = _first_by_tree(selection.splits["train"], data.max_examples)
+        selection.capped = len(selection.splits["train"]) - len(kept)
+        selection.splits["train"] = kept
     return selection
 
 
@@ -77,6 +83,16 @@ def _split_of(group: str, loaded_as: str, data: Data) -> str:
     if data.split == "by_tree" and oasst1.split_of(group, share, salt="validation"):
         return "validation"
     return "dev" if oasst1.split_of(group, data.dev_share, salt="dev") else "train"
+
+
+def _drop_repeats(selection: Selection) -> None:
+    """Plain rows are grouped by their text: one that stands in the validation file too is not for training."""
+    held_out = {c.group for c in selection.splits["validation"]}
+    for split in ("train", "dev"):
+        kept = [c for c in selection.splits[split] if c.group not in held_out]
+        if len(kept) < len(selection.splits[split]):
+            selection.dropped["stands in validation too"] += len(selection.splits[split]) - len(kept)
+        selection.splits[split] = kept
 
 
 def _check_disjoint(splits: dict[str, list[Conversation]]) -> None:
@@ -164,7 +180,7 @@ def tokenised(conversations: Iterable[Conversation], renderer: Renderer, data: D
         short = shorten(rendered, data.max_length, data.too_long)
         counts.cut_tokens += short.num_tokens_cut
         counts.cut_bytes += short.num_bytes_cut
-        counts.cut_conversations += len(short.pieces) != 1 or short.num_tokens_cut > 0
+        counts.cut_conversations += bool(short.pieces) and (len(short.pieces) > 1 or short.num_tokens_cut > 0)
         counts.system_moved += rendered.num_system_moved
         counts.marker_texts += rendered.num_marker_texts
         counts.dropped_too_long += not short.pieces
@@ -224,6 +240,8 @@ def prepare(recipe: Recipe, selection: Selection, progress: Any) -> tuple[dict[s
         tokenizer.chat_template = jinja(tokenizer, recipe.chat, markers)
 
     folder = Path(recipe.data.prepared)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / dataset.MANIFEST).is_file()):
+        raise ValueError(f"data.prepared: {folder} holds something else, which would be overwritten; remove it or name a folder of its own")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     counts = {split: Counts() for split in SPLITS}
@@ -254,6 +272,7 @@ def prepare(recipe: Recipe, selection: Selection, progress: Any) -> tuple[dict[s
                 "read": selection.num_rows,
                 "unit": selection.unit,
                 "dropped": dict(sorted(selection.dropped.items())),
+                "capped": selection.capped,
                 **{split: asdict(c) for split, c in counts.items()},
             },
             "files": file_table(aside, but=dataset.MANIFEST),

@@ -11,12 +11,15 @@ key (marked `free(...)` below) changes only speed, memory, what is saved and wha
 """
 
 import difflib
+import json
 import re
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -28,7 +31,7 @@ def free(default: Any, **kwargs: Any) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Model(Section):
@@ -141,7 +144,7 @@ class Adapter(Section):
     dora: bool = False
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     """Uniform noise on the input embeddings while training, of size alpha / sqrt(length x width) (Jain et al., 2023)."""
-    init: Literal["default", "gaussian", "pissa", "olora", "loftq", "orthogonal"] = "default"
+    init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = "default"
     """lora_A's initialisation (lora_B starts at zero). Those that rewrite the base need quantization: none."""
     allow_partial: bool = False
     """Accept targets that match only some layers. Without it that is an error."""
@@ -156,7 +159,7 @@ class Optim(Section):
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Where linear and cosine end, as a share of learning_rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
@@ -223,9 +226,7 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"
 
 
 class Tracking(Section):
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"], ...] = free(
-        ()
-    )
+    trackers: tuple[Tracker, ...] = free(())
     """Beside metrics.jsonl, which is always written. Each needs its own package."""
     project: str = free("qlora-suite")
 
@@ -239,6 +240,8 @@ class Output(Section):
 
 
 class Recipe(Section):
+    _command_line: str = PrivateAttr("RECIPE")
+
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Order of the rows, adapter initialisation, dropout."""
     model: Model
@@ -254,6 +257,11 @@ class Recipe(Section):
     checkpoints: Checkpoints = Checkpoints()
     tracking: Tracking = Tracking()
     output: Output
+
+    @property
+    def command_line(self) -> str:
+        """The recipe's file and overrides, as they stand behind a script's name."""
+        return self._command_line
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -282,10 +290,23 @@ class Recipe(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string because it lacks a dot; people mean the number."""
+    """YAML 1.1 reads `1e-4` as a string because it lacks a dot, where people mean the number, and takes the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands twice", node.start_mark)
+        return mapping
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around a text that `_Loader` would take for a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -298,12 +319,18 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise ValueError(f"there is no recipe at {path} (working folder: {Path.cwd()})")
     if path.stat().st_size > 1_000_000:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a recipe has a few thousand")
-    tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path} does not hold keys and values")
     for override in overrides:
         _apply(tree, override)
-    return from_dict(tree, str(path))
+    recipe = from_dict(tree, str(path))
+    recipe._command_line = shlex.join([str(path), *overrides])
+    return recipe
 
 
 def from_dict(tree: dict[str, Any], name: str = "recipe") -> Recipe:
@@ -311,14 +338,14 @@ def from_dict(tree: dict[str, Any], name: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(_tuples(tree))
     except ValidationError as error:
-        complaints = sorted({line for e in error.errors() for line in _complaints(e)})
+        complaints = _merged(line for e in error.errors() for line in _complaints(e))
         noun = "problem" if len(complaints) == 1 else "problems"
         raise ValueError(f"{name} has {len(complaints)} {noun}:\n" + "\n".join(f"  {c}" for c in complaints)) from None
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out, as it stands beside each checkpoint."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -346,10 +373,12 @@ def _parse_yaml(text: str, name: str) -> Any:
     try:
         # Aliases let a file of a few lines expand into gigabytes; recipes have no use for them.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError(f"{name}: YAML aliases (*name) are not allowed in recipes")
+            raise yaml.YAMLError("aliases (*name) are not allowed in recipes")
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one number format more
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-99-99
         raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deep; a recipe has sections and keys") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -393,9 +422,22 @@ def _complaints(error: Any) -> list[str]:
         return [prefix + line for line in str(error["ctx"]["error"]).splitlines()]
     if error["type"] == "literal_error" and error["loc"][-1] == "literal['none']" and isinstance(error["input"], dict):
         return []  # the other branch of `adapter` says what is wrong
-    if error["type"] == "model_type" and path == ["adapter"]:
-        return []
-    return [f"{key}: {error['msg'][0].lower()}{error['msg'][1:]} (found {error['input']!r})"]
+    message = re.sub(r"dictionary or instance of \w+", "section of keys", error["msg"]).replace("valid tuple", "valid list")
+    return [f"{key}: {message[0].lower()}{message[1:]} (found {_as_written(error['input'])})"]
+
+
+def _merged(complaints: Iterable[str]) -> list[str]:
+    """Each once, in the order of the keys; what one key with several allowed types complains of, in one line."""
+    wishes: dict[tuple[str, str], list[str]] = {}
+    for line in sorted(set(complaints)):
+        match = re.fullmatch(r"(.*?: input should be )(.*)( \(found .*\))", line, re.DOTALL)
+        wishes.setdefault((match[1], match[3]) if match else (line, ""), []).append(match[2] if match else "")
+    return [f"{before}{' or '.join(wish)}{found}" for (before, found), wish in wishes.items()]
+
+
+def _as_written(value: Any) -> str:
+    """A value as it stands in YAML, where null is not None and a list is no tuple."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

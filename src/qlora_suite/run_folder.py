@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils.other
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
@@ -25,7 +26,7 @@ from qlora_suite.engine import Engine
 from qlora_suite.files import write_json, write_text
 from qlora_suite.model import base_fingerprint, versions
 from qlora_suite.preemption import StopRequest
-from qlora_suite.recipe import Recipe, curve_keys, to_yaml
+from qlora_suite.recipe import Recipe, curve_keys, flatten, to_yaml
 from qlora_suite.tracking import Journal, Status, say
 
 SAME_FILES = ("data.source", "data.validation_source", "model.base", "model.revision")
@@ -65,9 +66,9 @@ class Run:
     def __init__(self, recipe: Recipe, path: Path, accelerator: Accelerator, num_steps: int) -> None:
         self.recipe, self.path, self.accelerator, self.num_steps = recipe, path, accelerator, num_steps
         self.main = accelerator.is_main_process
-        self.step = 0
         self.checkpoints = path / "checkpoints"
         self.status = Status(path / "status.json")
+        self.step = self.status.step
         self.finished = self.status.state == "finished" and (path / "final").is_dir()
 
     # ---- beginning ----------------------------------------------------------------------------------------------------------
@@ -81,7 +82,8 @@ class Run:
         if self.main and self.recipe.output.mirror and not checkpoint.steps(self.checkpoints):
             self._restore_from_mirror(Path(self.recipe.output.mirror))
         self.accelerator.wait_for_everyone()
-        found = checkpoint.latest(self.checkpoints)
+        with self.accelerator.main_process_first():  # it sets damaged ones aside
+            found = checkpoint.latest(self.checkpoints)
         state = State(identity=dict(now))
         if found is not None:
             checkpoint.check_identity(checkpoint.read_state(found).identity, now, self.path)
@@ -94,7 +96,7 @@ class Run:
             self.status.write("running", state.step, self.num_steps, identity=now)
             write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
             if self.recipe.tracking.trackers:
-                self.accelerator.init_trackers(self.recipe.tracking.project)
+                self.accelerator.init_trackers(self.recipe.tracking.project, config=_scalars(self.recipe))
         return state
 
     def describe(
@@ -104,7 +106,7 @@ class Run:
         if not self.main:
             return
         world = self.accelerator.num_processes
-        markers = manifest["role_markers"]
+        servable, because = servable_as(self.recipe, manifest)
         sizes = adapter.size(net)
         precision = str(dtype).removeprefix("torch.")
         rows_per_step = self.recipe.train.rows_per_step
@@ -114,8 +116,8 @@ class Run:
                 "recipe": self.recipe.model_dump(mode="json"),
                 "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
                 "parameters": vars(sizes),
-                "servable_as": markers["servable_as"],
-                "servable_because": markers["reason"],
+                "servable_as": servable,
+                "servable_because": because,
                 "precision": precision,
                 "processes": world,
                 "micro_batch": {"rows": limit.rows, "tokens": limit.tokens},
@@ -129,7 +131,8 @@ class Run:
         )
         how = "adapter" if isinstance(net, PeftModel) else "all weights"
         say(f"model      {self.recipe.model.base}, {self.recipe.model.quantization} base, {how}: {sizes}")
-        say(f"markers    {markers['note']}; servable as {markers['servable_as']} ({markers['reason']})")
+        say(f"markers    {manifest['role_markers']['note'].removeprefix('role markers: ')}")
+        say(f"servable   as {servable}: {because}")
         say(f"data       {order.num_rows:,} rows, {manifest['counts']['train']['supervised']:,} supervised tokens; {order.num_steps} steps")
         say(
             f"step       {rows_per_step} rows on {_processes(world)}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
@@ -221,7 +224,7 @@ class Run:
             checkpoint.check_weights(aside / checkpoint.ADAPTER, net, trained=True)
         else:
             dtype = getattr(torch, self.recipe.output.final_dtype or "float32")
-            net.to(dtype).save_pretrained(aside)
+            _save_pretrained(net.to(dtype), aside)
         tokenizer.save_pretrained(aside)
         write_json(aside / "chosen.json", choice)
         checkpoint.seal(aside)
@@ -237,11 +240,37 @@ class Run:
         found = checkpoint.latest(mirror / "checkpoints")
         if found is not None:
             say(f"{self.checkpoints} is empty; taking {found} from the mirror")
-            checkpoint.copy_checked(found, self.checkpoints / found.name)
+            aside = self.checkpoints / f".{found.name}.tmp"  # a copy cut short must not look like a damaged checkpoint
+            checkpoint.copy_checked(found, aside)
+            aside.rename(self.checkpoints / found.name)
+
+
+def _scalars(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as trackers take it: one flat level of numbers and words."""
+    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flatten(recipe).items()}
+
+
+def _save_pretrained(net: nn.Module, folder: Path) -> None:
+    """Without importing deepspeed, which accelerate does to unwrap a model wherever it is installed; this one is not wrapped."""
+    known = accelerate.utils.other.is_deepspeed_available
+    accelerate.utils.other.is_deepspeed_available = lambda: False
+    try:
+        net.save_pretrained(folder)
+    finally:
+        accelerate.utils.other.is_deepspeed_available = known
 
 
 def _processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
+
+
+def servable_as(recipe: Recipe, manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """(`adapter`, `merged` or `model`, why): in which form other programs can serve what this run makes."""
+    if recipe.adapter == "none":
+        return "model", "every weight is trained"
+    if recipe.adapter.init not in ("default", "gaussian"):
+        return "merged", f"adapter.init: {recipe.adapter.init} has changed the base that the adapter stands on"
+    return manifest["role_markers"]["servable_as"], manifest["role_markers"]["reason"]
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

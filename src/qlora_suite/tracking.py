@@ -65,6 +65,7 @@ class Status:
         self.path = path
         before = read_json(path) if path.exists() else {}
         self.state: str = before.get("state", "")
+        self.step: int = before.get("step", 0)
         self.attempt: int = before.get("attempt", 0) + 1
         self.identity: dict[str, Any] = before.get("identity", {})
         """What the run was started as, so that a finished one can tell whether it is asked for again."""

@@ -27,8 +27,9 @@ def build_model(recipe: Recipe, manifest: Mapping[str, Any], dtype: torch.dtype,
     base = load_base(recipe.model, dtype, device)
     if recipe.data.packing:
         check_separates_packed_rows(base)
-    if recipe.adapter.neftune_noise_alpha is not None:
-        neftune(base, recipe.adapter.neftune_noise_alpha)
     markers_are_targets = recipe.chat.loss_on == "all"
     torch.manual_seed(recipe.seed)
-    return add_adapter(base, recipe.adapter, tuple(manifest["role_markers"]["token_ids"]), markers_are_targets), base
+    net = add_adapter(base, recipe.adapter, tuple(manifest["role_markers"]["token_ids"]), markers_are_targets)
+    if recipe.adapter.neftune_noise_alpha is not None:
+        neftune(base, recipe.adapter.neftune_noise_alpha)
+    return net, base
