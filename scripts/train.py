@@ -12,12 +12,13 @@ The same command again goes on where the run stopped. Everything it writes is be
 """
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from qlora_suite import dataset, optimizer, run_folder
-from qlora_suite.batches import EMPTY, Order, check_division, micro_batches
+from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import main
 from qlora_suite.engine import Engine, seed_for
@@ -91,16 +92,22 @@ def train(recipe: Recipe) -> None:
 
         net.train()
         per_rank = recipe.train.rows_per_step // accelerator.num_processes
-        limit, checkpointing = choose(recipe.train, per_rank, int(rows.lengths.max()), accelerator.device, trial, engine.min_over_ranks)
+        # Dropout draws its noise by micro-batch: there, and only there, a resumed run keeps the one that it began with.
+        if recipe.draws_noise and recipe.train.micro_batch == "auto" and state.micro_batch:
+            kept = dict(state.micro_batch)
+            checkpointing, limit = kept.pop("checkpointing"), Limit(**kept)
+        else:
+            limit, checkpointing = choose(recipe.train, per_rank, int(rows.lengths.max()), accelerator.device, trial, engine.min_over_ranks)
+        state.micro_batch = {**asdict(limit), "checkpointing": checkpointing}
         set_checkpointing(base, checkpointing)
         run.describe(manifest, net, dtype, order, limit=limit, checkpointing=checkpointing)
 
         # ---- the loop -------------------------------------------------------------------------------------------------------
         if state.step == 0:
             run.add_preview(0, preview(net, renderer, recipe.previews, accelerator))
-        outcome, last_save = "", time.monotonic()
+        outcome, last_save = run.reason_to_stop_early(state), time.monotonic()
         with StepBar("training", num_steps, state.step, visible=accelerator.is_main_process) as bar:
-            for step in range(state.step, num_steps):
+            for step in range(state.step, num_steps if not outcome else state.step):
                 step_began = time.monotonic()
                 step_rows = order.rows_for_step(step)
                 num_tokens = int(sum(rows.num_supervised[r] for r in step_rows if r != EMPTY))  # of the whole step, on all ranks

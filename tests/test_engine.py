@@ -150,7 +150,7 @@ def test_a_poisoned_step_is_left_out_and_its_rows_are_named(recipe: Path, monkey
     run = train(recipe, f"output.dir={recipe.parent}/poisoned", "checkpoints.keep=8", "train.micro_batch=2")
     records = metrics(run)
     assert [r["step"] for r in records if not r["applied"]] == [3]
-    assert math.isnan(records[2]["loss"])
+    assert records[2]["loss"] is None  # JSON has no word for NaN
     assert [len(r.get("rows", [])) for r in records] == [0, 0, 8, 0, 0, 0, 0, 0]
     assert column(records, "skipped_steps") == [0, 0, 1, 1, 1, 1, 1, 1]
     two, three, four = (load_file(run / "checkpoints" / f"step-{n:06d}" / checkpoint.ADAPTER) for n in (2, 3, 4))

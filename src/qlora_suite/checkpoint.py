@@ -57,6 +57,8 @@ class State:
     best: dict[str, float] | None = None
     """`step` and `loss` (nats a token) of the best evaluation on the development split."""
     evaluations_without_gain: int = 0
+    micro_batch: dict[str, Any] | None = None
+    """`rows`, `tokens` and `checkpointing` of a forward pass, as found by trial."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Curve keys of the recipe, hash of the data, hash of the base."""
     scaler: dict[str, Any] = field(default_factory=dict)

@@ -26,11 +26,13 @@ def parser_for(doc: str) -> argparse.ArgumentParser:
 
 
 def with_clear_errors(run: Callable[[], None], debug: bool) -> None:
-    """Call `run`. A ValueError is a person's mistake: its sentence goes to stderr and the exit code is 2, unless --debug."""
+    """Call `run`. A person's mistake (ValueError) or the machine's refusal (OSError: disk full, not allowed) goes to stderr in a
+    sentence, and the exit code is 2; with --debug the traceback is shown.
+    """
     quiet_libraries()
     try:
         run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if debug:
             raise
         sys.stderr.write(f"error: {error}\n")

@@ -259,6 +259,11 @@ class Recipe(Section):
     output: Output
 
     @property
+    def draws_noise(self) -> bool:
+        """Does a forward pass draw random numbers? Then the micro-batch is part of the curve."""
+        return self.adapter != "none" and (self.adapter.dropout > 0 or self.adapter.neftune_noise_alpha is not None)
+
+    @property
     def command_line(self) -> str:
         """The recipe's file and overrides, as they stand behind a script's name."""
         return self._command_line

@@ -166,12 +166,18 @@ class Run:
 
     def reason_to_stop(self, state: State, engine: Engine, request: StopRequest, seconds: float) -> str:
         """Why the run should end now, agreed by all ranks; empty if it should not."""
-        patience, limit = self.recipe.evaluation.patience, self.recipe.stop.after_minutes
-        if patience is not None and state.evaluations_without_gain >= patience:
-            return f"early: no better development loss in {patience} evaluations"
+        if early := self.reason_to_stop_early(state):
+            return early
+        limit = self.recipe.stop.after_minutes
         if engine.any_rank(limit is not None and seconds >= limit * 60):
             return f"after {limit:g} minutes, as stop.after_minutes asks"
         return "on a request to stop" if engine.any_rank(request.reason is not None) else ""
+
+    def reason_to_stop_early(self, state: State) -> str:
+        """Why no further step would help; empty while it may."""
+        patience = self.recipe.evaluation.patience
+        enough = patience is not None and state.evaluations_without_gain >= patience
+        return f"early: no better development loss in {patience} evaluations" if enough else ""
 
     def time_to_save(self, state: State, seconds: float, engine: Engine) -> bool:
         """Is a periodic checkpoint due: by steps, by minutes, or because this is the best so far?"""

@@ -1,6 +1,7 @@
 """What a run says of itself: a progress bar, metrics.jsonl, previews and status.json, and accelerate's trackers when asked."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -40,9 +41,11 @@ class Journal:
         write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records))
 
     def add(self, record: dict[str, Any]) -> None:
+        """Numbers that are not finite become null, which JSON has a word for."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
