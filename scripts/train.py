@@ -12,7 +12,7 @@ The same command again goes on where the run stopped. Everything it writes is be
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from qlora_suite.chat import Renderer
 from qlora_suite.command_line import main
 from qlora_suite.engine import Engine, seed_for
 from qlora_suite.engine import start as start_engine
-from qlora_suite.evaluation import dev_loss
+from qlora_suite.evaluation import check_dev_rows, dev_loss
 from qlora_suite.generation import preview
 from qlora_suite.loss import collate, summed_loss
 from qlora_suite.micro_batch import choose, set_checkpointing
@@ -55,12 +55,13 @@ def train(recipe: Recipe) -> None:
         group_by_length=not recipe.data.packing,
     )
     num_steps = order.num_steps
+    check_dev_rows(recipe.evaluation, len(dev))
 
     with run_folder.open_run(recipe, accelerator, num_steps) as run:
         identity = run_folder.identity(recipe, manifest)
         if run.finished:
             run.check_finished(identity)
-            say_once(f"{run.path} is finished: {num_steps} steps, result in {run.path / 'final'} (another output.dir trains anew)")
+            say_once(f"{run.path} is finished: {run.step} steps, result in {run.path / 'final'} (another output.dir trains anew)")
             return
 
         # ---- model, adapter, optimiser; then whatever a checkpoint knows better ---------------------------------------------
@@ -73,7 +74,7 @@ def train(recipe: Recipe) -> None:
         engine.load_state(state.scaler)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-        def backward_of(row_numbers: list[int], num_tokens: int, last: bool = True) -> torch.Tensor:
+        def backward_of(row_numbers: list[int], num_tokens: int, last: bool) -> torch.Tensor:
             """Forward and backward pass of one micro-batch. Returns its summed loss, a device scalar."""
             batch = collate([rows[r] if r != EMPTY else None for r in row_numbers], pad_id).to(accelerator.device)
             with engine.accumulate(last):
@@ -82,11 +83,12 @@ def train(recipe: Recipe) -> None:
             return loss_sum.detach()
 
         def trial(size: int, checkpointing: bool) -> None:
-            """Does this micro-batch fit? Tried on the longest rows, so that a later step cannot be worse."""
+            """Does this micro-batch fit? Tried on the longest rows with every token supervised: no later step can be worse."""
             set_checkpointing(base, checkpointing)
+            batch = collate([rows[r] for r in rows.lengths.argsort()[::-1][:size]], pad_id).to(accelerator.device)
             try:
-                # last=False: a rank that runs out of memory must not leave the others waiting for its gradients
-                backward_of(rows.lengths.argsort()[::-1][:size].tolist(), num_tokens=1, last=False)
+                with engine.accumulate(last=False):  # a rank that runs out of memory must not leave others waiting for its gradients
+                    engine.backward(summed_loss(engine.model, replace(batch, supervised=batch.position_ids > 0)), num_tokens=1)
             finally:
                 opt.zero_grad(set_to_none=True)
 
@@ -97,7 +99,15 @@ def train(recipe: Recipe) -> None:
             kept = dict(state.micro_batch)
             checkpointing, limit = kept.pop("checkpointing"), Limit(**kept)
         else:
-            limit, checkpointing = choose(recipe.train, per_rank, int(rows.lengths.max()), accelerator.device, trial, engine.min_over_ranks)
+            limit, checkpointing = choose(
+                recipe.train,
+                per_rank,
+                int(rows.lengths.max()),
+                accelerator.device,
+                trial,
+                engine.min_over_ranks,
+                optimizer.state_bytes(net),
+            )
         state.micro_batch = {**asdict(limit), "checkpointing": checkpointing}
         set_checkpointing(base, checkpointing)
         run.describe(manifest, net, dtype, order, limit=limit, checkpointing=checkpointing)
@@ -120,8 +130,8 @@ def train(recipe: Recipe) -> None:
 
                 for group in opt.param_groups:
                     group["lr"] = lr_at(step, recipe.optim, num_steps)
-                grad_norm, applied = engine.step()
                 loss = engine.sum_over_ranks(loss_sum.item())[0] / num_tokens
+                grad_norm, applied = engine.step(loss)
 
                 state.step = step + 1
                 state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
@@ -157,8 +167,8 @@ def train(recipe: Recipe) -> None:
                 outcome = run.reason_to_stop(state, engine, stop, time.monotonic() - began)
                 if last or outcome or run.time_to_save(state, time.monotonic() - last_save, engine):
                     state.scaler = engine.state()
-                    run.save(state, net, opt, tokenizer)
-                    last_save = time.monotonic()
+                    if run.save(state, net, opt, tokenizer, required=last or bool(outcome)):
+                        last_save = time.monotonic()
                 if outcome:
                     break
 

@@ -54,7 +54,7 @@ def train(recipe: Path, *overrides: str) -> Path:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file, every line of which must be whole."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").strip("\n").split("\n")]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -139,11 +139,14 @@ def test_all_bad_is_an_error_and_never_a_fresh_start(save: Save, tmp_path: Path)
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == before, "nothing was deleted"
 
 
-def test_a_newer_format_is_not_guessed_at(save: Save) -> None:
+def test_a_newer_format_is_refused_and_left_alone(save: Save) -> None:
+    """It is good, only not for us: nothing is renamed, and nothing starts over it."""
     folder = save(1)
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
     (folder / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "format_version": checkpoint.FORMAT_VERSION + 1}))
-    assert "format" in checkpoint.complaint_about_checkpoint(folder)
+    with pytest.raises(ValueError, match="written by a newer version"):
+        checkpoint.latest(folder.parent)
+    assert folder.is_dir()
 
 
 def test_nothing_there_is_a_beginning(tmp_path: Path) -> None:

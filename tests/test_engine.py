@@ -51,7 +51,7 @@ def test_a_step_is_the_gradient_of_the_sum_over_the_tokens_of_the_step() -> None
     for i, x in enumerate(((3.0, 0.0), (0.0, 5.0))):
         with engine.accumulate(last=i == 1):
             engine.backward(2 * engine.model(torch.tensor(x)).sum(), num_tokens=4)
-    norm, applied = engine.step()
+    norm, applied = engine.step(loss=1.0)
     assert applied
     assert norm == pytest.approx(math.hypot(1.5, 2.5))
     assert model.weight.tolist() == [[pytest.approx(1 - 1.5), pytest.approx(1 - 2.5)]]
@@ -61,7 +61,7 @@ def test_a_step_is_the_gradient_of_the_sum_over_the_tokens_of_the_step() -> None
 def test_clipping_scales_the_whole_gradient_and_reports_the_norm_before() -> None:
     engine, model = small_engine(max_grad_norm=0.5)
     engine.backward(engine.model(torch.tensor([3.0, 4.0])).sum(), num_tokens=1)
-    norm, _ = engine.step()
+    norm, _ = engine.step(loss=1.0)
     assert norm == pytest.approx(5)
     assert (1 - model.weight).tolist() == [[pytest.approx(0.3, rel=1e-4), pytest.approx(0.4, rel=1e-4)]]
 
@@ -71,12 +71,12 @@ def test_clipping_scales_the_whole_gradient_and_reports_the_norm_before() -> Non
 def test_a_gradient_that_is_not_finite_is_never_applied(bad: float, dtype: torch.dtype) -> None:
     engine, model = small_engine(dtype)
     engine.backward(engine.model(torch.tensor([1.0, bad])).sum(), num_tokens=1)
-    norm, applied = engine.step()
+    norm, applied = engine.step(loss=1.0)
     assert not applied
     assert not math.isfinite(norm)
     assert model.weight.tolist() == [[1, 1]]
     engine.backward(engine.model(torch.tensor([0.25, 0.0])).sum(), num_tokens=1)
-    assert engine.step() == (0.25, True)
+    assert engine.step(loss=1.0) == (0.25, True)
     assert model.weight.tolist() == [[0.75, 1]], "nothing of the bad gradient is left"
 
 
@@ -86,7 +86,7 @@ def test_the_fp16_scale_backs_off_and_comes_back_after_a_resume() -> None:
     assert engine.scaler.get_scale() == 2**16
     for skipped in range(1, 4):
         engine.backward(engine.model(torch.tensor([math.inf, 0.0])).sum(), num_tokens=1)
-        assert not engine.step()[1]
+        assert not engine.step(loss=1.0)[1]
         assert engine.scaler.get_scale() == 2.0 ** (16 - skipped)
     other, _ = small_engine(torch.float16)
     other.load_state(json.loads(json.dumps(engine.state())))

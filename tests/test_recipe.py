@@ -28,7 +28,7 @@ def _words(text: str) -> list[str]:
 CURVE = _words("""
     seed
     model.base model.revision model.quantization model.double_quantization model.random_init
-    data.source data.validation_source data.split data.validation_share data.dev_share data.policy
+    data.source data.revision data.validation_source data.split data.validation_share data.dev_share data.policy
     data.filters.languages data.filters.drop_deleted data.filters.drop_synthetic data.filters.drop_failed_review
     data.filters.min_chars data.filters.max_chars
     data.max_examples data.max_length data.too_long data.packing

@@ -92,20 +92,28 @@ def test_a_published_split_is_asked_from_the_hub_and_validation_never_comes_unas
 
     asked = []
 
-    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+    def load_dataset(name: str, *, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((name, split) if revision is None else (name, split, revision))
         return datasets.Dataset.from_list([{"text": split}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert sources.load(data("OpenAssistant/oasst1")) == {"train": [{"text": "train"}], "validation": [{"text": "validation"}]}
     assert sources.load(data("OpenAssistant/oasst1", split="all")) == {"all": [{"text": "train"}]}
     assert asked == [("OpenAssistant/oasst1", s) for s in ("train", "validation", "train")]
+    sources.load(data("OpenAssistant/oasst1", split="all", revision="fdf72ae"))
+    assert asked[-1] == ("OpenAssistant/oasst1", "train", "fdf72ae")
+
+
+def test_a_revision_of_a_local_file_is_refused(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"data\.revision has no effect on local files"):
+        sources.load(data(file, split="all", revision="main"))
 
 
 def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
     import datasets
 
-    def load_dataset(name: str, *, split: str) -> None:
+    def load_dataset(name: str, *, split: str, revision: str | None) -> None:
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

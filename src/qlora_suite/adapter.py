@@ -1,12 +1,17 @@
 """The LoRA adapter: where it goes, whether it went everywhere it should, and how large it is. The one place that knows PEFT."""
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -100,18 +105,56 @@ def add_adapter(model: PreTrainedModel, adapter: recipes.Adapter, token_ids: tup
     )
     peft_model = get_peft_model(model, config)
     if token_ids:
-        _start_from_the_mean(peft_model, model)
+        _start_from_the_mean(peft_model)
     for name, parameter in peft_model.named_parameters():
         assert not parameter.requires_grad or parameter.dtype == torch.float32, f"{name} is {parameter.dtype}; the fp16 scaler needs fp32"
     return peft_model
 
 
+def adapter_folder(adapter: str) -> Path:
+    """Where a PEFT adapter is: a folder here, or the local copy of one on the hub. Raises ValueError if it has no safetensors."""
+    folder = Path(adapter)
+    if not folder.is_dir():
+        try:
+            # The pickle is not fetched: it would run code of whoever wrote it. Nor are checkpoints in subfolders.
+            folder = Path(snapshot_download(adapter, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pkl", "*/*"]))
+        except (OSError, ValueError) as error:
+            where = f"the adapter {adapter} (neither a folder here nor reachable on the hub)"
+            raise ValueError(f"cannot find {where}: {str(error).splitlines()[0]}") from error
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            hint = "; an adapter_model.bin is a pickle, which is not read here: convert it to safetensors"
+            raise ValueError(f"{adapter} is no adapter that can be read: it has no {name}{hint if name != CONFIG_NAME else ''}")
+    return folder
+
+
 def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
-    """A saved adapter (folder or hub id) on its base. Raises ValueError if it is not there or does not fit."""
-    try:
-        return PeftModel.from_pretrained(base, adapter)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot put the adapter {adapter} on {base.config.name_or_path}: {str(error).splitlines()[0]}") from error
+    """A saved adapter (folder or hub id) on its base. Raises ValueError if it is not there, is not whole or does not fit."""
+    folder = str(adapter_folder(adapter))
+    place = f"the adapter {adapter} on {base.config.name_or_path}"
+    key_mapping = getattr(base, "_checkpoint_conversion_mapping", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that are missing: that is an error below
+        try:
+            model = PeftModel.from_pretrained(base, folder)
+            tensors = load_peft_weights(folder, device="cpu", key_mapping=key_mapping)
+        except KeyError as error:
+            raise ValueError(f"cannot put {place}: its weights lack {error}") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"cannot put {place}: {str(error).splitlines()[0]}") from error
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        known = get_peft_model_state_dict(model, save_embedding_layers=True)  # whole embeddings may be saved beside an adapter
+    wrong = {
+        "it lacks": expected.keys() - tensors.keys(),
+        "it has what the base has no place for": tensors.keys() - known.keys(),
+        "it has another shape in": {k for k in known.keys() & tensors.keys() if known[k].shape != tensors[k].shape},
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{what} {', '.join(sorted(names)[:3])} ({len(names)} in all)" for what, names in wrong.items() if names)
+        raise ValueError(f"cannot put {place}: {found}")
+    return model
 
 
 def neftune(model: PreTrainedModel, alpha: float) -> None:
@@ -158,7 +201,7 @@ def _path_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def _start_from_the_mean(peft_model: PeftModel, model: PreTrainedModel) -> None:
+def _start_from_the_mean(peft_model: PeftModel) -> None:
     """Spare rows hold whatever pretraining left there: start the trained copies from the mean of all rows instead."""
     for name, parameter in peft_model.named_parameters():
         if "trainable_tokens_delta" in name:

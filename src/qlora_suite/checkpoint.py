@@ -72,10 +72,12 @@ def lock(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise ValueError(f"another run (process {holder}) is writing to {folder}; wait for it, stop it, or set output.dir") from None
+        except OSError as error:
+            warnings.warn(f"{folder} is on a file system without locks ({error}); see to it that no second run writes there", stacklevel=2)
         file.truncate(0)
         file.write(f"{os.getpid()} on {os.uname().nodename}")
         file.flush()
@@ -166,15 +168,19 @@ def seal(folder: Path) -> None:
 
 
 def complaint_about_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint, or None. Raises ValueError for one that a newer version wrote: it is good, but not for us."""
     if not (folder / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
     try:
         manifest = read_json(folder / MANIFEST)
-        if manifest["format_version"] > FORMAT_VERSION:
-            return f"it has format {manifest['format_version']}, this version reads up to {FORMAT_VERSION}"
-        return complaint_about(folder, manifest["files"])
+        version, files = int(manifest["format_version"]), manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is damaged ({error})"
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{folder} was written by a newer version (format {version}, this one reads {FORMAT_VERSION}); update qlora-suite")
+    try:
+        return complaint_about(folder, files)
+    except (AttributeError, KeyError, TypeError) as error:
         return f"{MANIFEST} is damaged ({error})"
 
 

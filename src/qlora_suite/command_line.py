@@ -35,7 +35,7 @@ def with_clear_errors(run: Callable[[], None], debug: bool) -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error} (--debug shows where)\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")

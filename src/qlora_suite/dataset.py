@@ -64,7 +64,8 @@ def write_table(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.Sch
 
 
 def read_table(path: Path) -> pa.Table:
-    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
+    """The whole table, memory-mapped: its record batches stay on the disk until they are looked at."""
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
 class Rows(Sequence[dict[str, Any]]):
@@ -74,10 +75,8 @@ class Rows(Sequence[dict[str, Any]]):
         self._table = read_table(path)
         self.lengths = _list_lengths(self._table["input_ids"])
         """Tokens of each row. [rows] int64"""
-        flat = _flat(self._table["supervised"]).to_numpy(zero_copy_only=False)
-        ends = np.cumsum(self.lengths)
-        cumulative = np.concatenate([[0], np.cumsum(flat, dtype=np.int64)])
-        self.num_supervised = cumulative[ends] - cumulative[ends - self.lengths]
+        counts = [_true_per_list(chunk) for chunk in self._table["supervised"].chunks]
+        self.num_supervised = np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
         """Supervised tokens of each row. [rows] int64"""
 
     def __len__(self) -> int:
@@ -101,6 +100,13 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
     """The values of a list column, end to end."""
     chunks = [chunk.flatten() for chunk in column.chunks]
     return pa.concat_arrays(chunks) if chunks else pa.array([], column.type.value_type)
+
+
+def _true_per_list(chunk: pa.ListArray) -> np.ndarray:
+    """How many are true in each list. [lists] int64"""
+    ends = np.cumsum(pa.compute.list_value_length(chunk).to_numpy().astype(np.int64))
+    cumulative = np.concatenate([[0], np.cumsum(chunk.flatten().to_numpy(zero_copy_only=False), dtype=np.int64)])
+    return np.diff(cumulative[np.concatenate([[0], ends])])
 
 
 def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
@@ -199,4 +205,4 @@ def staleness(manifest: Mapping[str, Any], recipe: Recipe) -> str | None:
 
 def data_hash(manifest: Mapping[str, Any]) -> str:
     """Names the rows and their tokenizer: what a run must find again when it resumes."""
-    return hash_of({name: entry["sha256"] for name, entry in manifest["files"].items() if name in ("train.arrow", "dev.arrow")})
+    return hash_of([manifest["files"]["train.arrow"]["sha256"], manifest["tokenizer"]])

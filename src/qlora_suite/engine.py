@@ -7,9 +7,12 @@ grad_norm, applied = engine.step()
 """
 
 import contextlib
+import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from qlora_suite.model import compute_dtype
 
 SCALE_SEARCH_STEPS = 16
 """The scale starts at 65,536 = 2^16 and halves at each overflow."""
+TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
+"""Where a tracker's package is not called as the tracker."""
 MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -34,14 +39,34 @@ def start(trackers: Sequence[str] = (), folder: str | None = None) -> tuple[Acce
             f"the accelerate config sets gradient_accumulation_steps to {accumulation}; accumulation follows from train.rows_per_step, "
             "so remove it there"
         )
+    if torch.backends.mps.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # bitsandbytes and our precision rule know CUDA and the CPU
+    for tracker in trackers:
+        if not any(importlib.util.find_spec(package) for package in TRACKER_PACKAGES.get(tracker, (tracker,))):
+            raise ValueError(
+                f"tracking.trackers: {tracker} needs the package {TRACKER_PACKAGES.get(tracker, (tracker,))[0]}; pip install it"
+            )
     state = PartialState()
-    if state.device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU", "true").lower() not in ("true", "1", "yes"):
-        raise ValueError(
-            "the accelerate config is for a GPU, but torch sees none here and the run would quietly use the CPU; see `nvidia-smi` and "
-            "`python -m torch.utils.collect_env`, or use accelerate_configs/cpu.yaml"
-        )
-    dtype = compute_dtype(state.device, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    _check_device(state.device)
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in MIXED_PRECISION.values():
+        raise ValueError(f"mixed_precision: {asked} is not supported; use bf16, fp16 or no, which follows the hardware")
+    dtype = compute_dtype(state.device, asked)
     return Accelerator(mixed_precision=MIXED_PRECISION[dtype], log_with=list(trackers) or None, project_dir=folder), dtype
+
+
+def _check_device(device: torch.device) -> None:
+    """Raises ValueError if a GPU was meant, or is there, and the run would quietly use the CPU instead."""
+    if device.type != "cpu":
+        return
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower()  # set by `accelerate launch`, and by a person who means it
+    hidden = "CUDA_VISIBLE_DEVICES" in os.environ
+    unusable = not asked and not hidden and Path("/proc/driver/nvidia/version").exists()
+    if asked not in ("", "true", "1", "yes") or unusable:
+        raise ValueError(
+            "this is meant for a GPU, but torch sees none and would quietly use the CPU; see `nvidia-smi` and `python -m "
+            "torch.utils.collect_env` (README: torch for your machine), or use accelerate_configs/cpu.yaml or ACCELERATE_USE_CPU=true"
+        )
 
 
 class Engine:
@@ -51,6 +76,8 @@ class Engine:
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, max_grad_norm: float
     ) -> None:
         self.accelerator = accelerator
+        self.unwrapped = model
+        """For evaluation and previews, where ranks may call it unequally often."""
         self.model = accelerator.prepare_model(model)
         self.optimizer = optimizer
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -66,11 +93,14 @@ class Engine:
         """Add the gradient of `loss_sum / num_tokens` (tokens of the whole step, all ranks). DDP averages over ranks: undone here."""
         self.scaler.scale(loss_sum * (self.accelerator.num_processes / num_tokens)).backward()
 
-    def step(self) -> tuple[float, bool]:
-        """Clip, and apply unless a gradient is not finite. Returns the norm before clipping and whether it was applied."""
+    def step(self, loss: float) -> tuple[float, bool]:
+        """Clip, and apply unless the step's loss or a gradient is not finite (a loss of infinity can have finite gradients).
+
+        Returns the norm before clipping and whether it was applied.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
-        applied = norm - norm == 0  # neither infinite nor NaN
+        applied = math.isfinite(norm) and math.isfinite(loss)
         if applied:
             self.optimizer.step()
         if self.scaler.is_enabled():

@@ -5,6 +5,8 @@ Bits per byte divide by the UTF-8 bytes of what was said, so they compare format
 formats write differently, is reported apart.
 """
 
+import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qlora_suite import recipe
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation
@@ -23,6 +26,8 @@ from qlora_suite.loss import collate, summed_loss, token_losses
 from qlora_suite.rendered import Rendered, shorten
 
 LN2 = math.log(2)
+MIN_TREES = 10
+"""For a verdict."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,30 @@ def score(
     return _joined([answer for of_piece in answers for answer in of_piece])
 
 
+def score_within_memory(
+    model: nn.Module,
+    renderer: Renderer,
+    found: Sequence[Excerpt],
+    window: int,
+    limit: Limit,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> list[AnswerScore]:
+    """`score`, with half as much at once each time that a GPU's memory is short. Raises OutOfMemoryError if one row is too much."""
+    while True:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return score(model, renderer, found, window, limit, progress)
+        release_memory()
+        if limit.rows == 1:
+            raise torch.OutOfMemoryError("one row at a time is too much")
+        limit = Limit(limit.rows // 2, limit.tokens // 2)
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more. Not while an OutOfMemoryError is handled: its traceback holds on to tensors."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
+
 def _answers(excerpt: Excerpt, rendered: Rendered, losses: np.ndarray) -> list[AnswerScore]:
     """The losses of one row's supervised tokens, by answer. [supervised] float64"""
     conversation = excerpt.conversation
@@ -196,24 +225,35 @@ def _joined(answers: Sequence[AnswerScore]) -> list[AnswerScore]:
     return joined
 
 
+def check_dev_rows(evaluation: recipe.Evaluation, num_rows: int) -> None:
+    """Raises ValueError if the recipe wants to evaluate on a development split that is empty."""
+    if evaluation.every_steps is not None and num_rows == 0:
+        raise ValueError(
+            "evaluation.every_steps needs a development split, but data.dev_share left it without a conversation; raise it and prepare "
+            "the data again, or set evaluation.every_steps: null"
+        )
+
+
 @torch.no_grad()
 def dev_loss(engine: Engine, rows: Rows, pad_id: int, limit: Limit, budget_tokens: int | None) -> float:
-    """Nats per supervised token of the development rows, the first ones up to the budget, shared among the ranks.
+    """Nats per supervised token of the development rows (there must be some), the first ones up to the budget, shared among the ranks.
 
-    Raises ValueError if there are no development rows.
+    The module itself is called, not its wrapper: DDP sends buffers around in each forward pass, and ranks have unequally many.
     """
-    if len(rows) == 0:
-        raise ValueError("evaluation.every_steps needs a development split, but data.dev_share left it without a conversation")
+    assert len(rows) > 0, "see check_dev_rows"
     used = rows.lengths.cumsum() <= (budget_tokens or float("inf"))
     chosen = list(range(max(1, int(used.sum()))))
     mine = chosen[engine.accelerator.process_index :: engine.accelerator.num_processes]
-    engine.model.eval()
+    model = engine.unwrapped
+    was_training = model.training
+    model.eval()
     nats, tokens = 0.0, 0
-    for piece in limit.cut(sorted(mine, key=lambda r: -rows.lengths[r]), rows.lengths):
-        batch = collate([rows[r] for r in piece], pad_id).to(engine.accelerator.device)
-        nats += summed_loss(engine.model, batch).double().item()
-        tokens += int(batch.supervised.sum())
-    engine.model.train()
+    with engine.accelerator.autocast():
+        for piece in limit.cut(sorted(mine, key=lambda r: -rows.lengths[r]), rows.lengths):
+            batch = collate([rows[r] for r in piece], pad_id).to(engine.accelerator.device)
+            nats += summed_loss(model, batch).double().item()
+            tokens += int(batch.supervised.sum())
+    model.train(was_training)
     nats, tokens = engine.sum_over_ranks(nats, tokens)
     return nats / tokens
 
@@ -222,10 +262,11 @@ def dev_loss(engine: Engine, rows: Rows, pad_id: int, limit: Limit, budget_token
 
 
 def paired_interval(base: Sequence[AnswerScore], adapter: Sequence[AnswerScore], samples: int, seed: int = 0) -> dict[str, Any]:
-    """Bits per byte, adapter minus base, with a 95 % percentile interval of a paired bootstrap over trees.
+    """Bits per byte, adapter minus base, with a 95 % percentile interval of a paired bootstrap over trees (None for a single tree).
 
     Answers of one tree share prompts and each other's context, so they are not independent: whole trees are drawn, with
-    replacement, and base and adapter are scored on the same draw (Efron and Tibshirani, 1993, chapters 8 and 13).
+    replacement, and base and adapter are scored on the same draw (Efron and Tibshirani, 1993, chapters 8 and 13). Over few trees
+    such an interval is too narrow, so there is no `verdict` (better, worse or not clearly different) below MIN_TREES.
     """
     groups = sorted({a.group for a in base})
     place = {group: i for i, group in enumerate(groups)}
@@ -233,18 +274,40 @@ def paired_interval(base: Sequence[AnswerScore], adapter: Sequence[AnswerScore],
     for b, a in zip(base, adapter, strict=True):
         assert (b.key, b.number, b.bytes) == (a.key, a.number, a.bytes), "the two models were not scored on the same answers"
         sums[place[b.group]] += (a.nats - b.nats, b.bytes)
-    draws = np.random.Generator(np.random.Philox(seed)).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), samples)
-    drawn = draws @ sums
-    ratios = drawn[:, 0] / LN2 / drawn[:, 1]
-    low, high = np.percentile(ratios, [2.5, 97.5])
     total = sums.sum(axis=0)
+    low = high = None
+    if len(groups) > 1:
+        draws = np.random.Generator(np.random.Philox(seed)).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), samples)
+        drawn = draws @ sums
+        low, high = map(float, np.percentile(drawn[:, 0] / LN2 / drawn[:, 1], [2.5, 97.5]))
+    verdict = None
+    if len(groups) >= MIN_TREES:
+        verdict = "better" if high < 0 else "worse" if low > 0 else "not clearly different"
     return {
         "bits_per_byte": float(total[0] / LN2 / total[1]),
-        "interval_95": [float(low), float(high)],
+        "interval_95": None if low is None else [low, high],
+        "verdict": verdict,
         "trees": len(groups),
         "samples": samples,
         "better_trees": int((sums[:, 0] < 0).sum()),
     }
+
+
+def by_conversation(base: Sequence[AnswerScore] | None, adapter: Sequence[AnswerScore] | None) -> list[dict[str, Any]]:
+    """Bytes and nats of each conversation's answers, of whichever models there are: what the interval was made from."""
+    rows: list[dict[str, Any]] = []
+    last_number = 0
+    for i, answer in enumerate(adapter or base or []):
+        if not rows or (rows[-1]["key"], rows[-1]["tree"]) != (answer.key, answer.group) or answer.number <= last_number:
+            rows.append({"key": answer.key, "tree": answer.group, "language": answer.language, "answers": 0, "bytes": 0})
+        row = rows[-1]
+        row["answers"] += 1
+        row["bytes"] += answer.bytes
+        for name, scores in (("base_nats", base), ("adapter_nats", adapter)):
+            if scores:
+                row[name] = row.get(name, 0.0) + scores[i].nats
+        last_number = answer.number
+    return rows
 
 
 LENGTHS = ((200, "under 200 bytes"), (600, "200 to 599"), (1500, "600 to 1,499"), (math.inf, "1,500 and more"))

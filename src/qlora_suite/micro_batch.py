@@ -14,7 +14,7 @@ from qlora_suite.recipe import Train
 CPU_TOKENS = 1024
 """On a CPU memory is rarely the limit and larger batches only spill the caches."""
 HEADROOM = 0.92
-"""Share of a card's memory that a trial may use: fragmentation and the optimiser's state come on top."""
+"""Share of a card's memory that a trial may use: fragmentation comes on top."""
 
 
 def candidates(rows_per_rank: int) -> list[int]:
@@ -29,11 +29,13 @@ def choose(
     device: torch.device,
     trial: Callable[[int, bool], None],
     min_over_ranks: Callable[[int], int],
+    reserved: int = 0,
 ) -> tuple[Limit, bool]:
     """(what goes through at once, gradient_checkpointing) as the recipe says, or the fastest that fits where it says `auto`.
 
     `auto` limits tokens, not rows, so that short rows go through together. `trial(rows, checkpointing)` runs
     forward and backward on the longest rows; out of memory means it does not fit.
+    `reserved` bytes must stay free for what the trial does not hold yet: the optimiser's state.
     Without checkpointing comes first: recomputing costs a third more work, a smaller micro-batch costs little.
     Raises ValueError if nothing fits.
     """
@@ -45,7 +47,7 @@ def choose(
     if len(sizes) == len(modes) == 1:
         return Limit(sizes[0], sizes[0] * longest), modes[0]
     for checkpointing in modes:
-        largest = next((n for n in sizes if _fits(lambda n=n, c=checkpointing: trial(n, c), device)), 0)
+        largest = next((n for n in sizes if _fits(lambda n=n, c=checkpointing: trial(n, c), device, reserved)), 0)
         agreed = min_over_ranks(largest)
         if agreed:
             return Limit(rows_per_rank if auto else agreed, agreed * longest), checkpointing
@@ -55,14 +57,18 @@ def choose(
     )
 
 
-def _fits(trial: Callable[[], None], device: torch.device) -> bool:
+def _fits(trial: Callable[[], None], device: torch.device, reserved: int) -> bool:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     try:
         trial()
     except torch.OutOfMemoryError:
         return False
-    return torch.cuda.max_memory_reserved(device) <= HEADROOM * torch.cuda.get_device_properties(device).total_memory
+    except RuntimeError as error:
+        if "ALLOC_FAILED" not in str(error):  # cuBLAS and cuDNN have words of their own for it
+            raise
+        return False
+    return torch.cuda.max_memory_reserved(device) + reserved <= HEADROOM * torch.cuda.get_device_properties(device).total_memory
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:

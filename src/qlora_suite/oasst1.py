@@ -81,6 +81,11 @@ def _by_id(messages: list[Message]) -> dict[str, Message]:
             raise ValueError(
                 f"OASST message number {number} has parent_id {message['parent_id']!r}, which must be a string or null; repair the file"
             )
+        if not isinstance(message.get("lang"), str | None) or not isinstance(message.get("rank"), int | float | None):
+            raise ValueError(
+                f"OASST message {message['message_id']} has lang {message.get('lang')!r} and rank {message.get('rank')!r}; wanted are a "
+                "string and a number, or null: repair the file"
+            )
         if message["message_id"] in by_id:
             raise ValueError(
                 f"OASST message {message['message_id']} stands twice in the data (again as number {number}); "

@@ -24,6 +24,11 @@ def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return kinds[optim.name](parameters, **settings)
 
 
+def state_bytes(model: nn.Module) -> int:
+    """An upper bound of the state's size: two fp32 moments a trained parameter."""
+    return 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state by parameter name: tensors as `name:key`, and plain numbers."""
     tensors, numbers = {}, {}
@@ -49,3 +54,7 @@ def restore_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: d
             raise ValueError(f"the checkpoint has optimiser state for {name}, which this run does not train")
         state.setdefault(order.index(name), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if getattr(optimizer, "is_paged", False):  # load_state_dict put the moments into ordinary memory
+        for parameter, values in optimizer.state.items():
+            for key in values.keys() & {"state1", "state2"}:
+                values[key] = optimizer.get_state_buffer(parameter, dtype=values[key].dtype).copy_(values[key])

@@ -1,5 +1,6 @@
 """A request to stop, as a flag that the loop looks at between steps: the run saves and ends, and the same command goes on."""
 
+import os
 import signal
 import types
 
@@ -18,4 +19,6 @@ class StopRequest:
     def _note(self, number: int, _frame: types.FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":
             raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
+            os.write(2, f"\n{self.reason}: saving after this step; wait for the word `stopped`\n".encode())  # print is not safe here

@@ -19,7 +19,7 @@ from qlora_suite.conversations import Conversation
 from qlora_suite.files import file_table, hash_of, write_json
 from qlora_suite.model import load_config, load_tokenizer
 from qlora_suite.packing import pack
-from qlora_suite.recipe import Data, Recipe
+from qlora_suite.recipe import Data, Filters, Recipe
 from qlora_suite.rendered import Rendered, shorten
 from qlora_suite.role_markers import add_role_markers
 
@@ -56,6 +56,8 @@ def select(data: Data) -> Selection:
         raise ValueError("OASST messages are trees: data.policy must say which conversations to take (all_paths is a good one)")
     if kind != "oasst" and data.policy is not None:
         raise ValueError(f"data.policy: {data.policy} has no effect on {kind} rows, which are no trees; set data.policy: null")
+    if kind != "oasst" and data.filters not in (None, Filters()):
+        raise ValueError(f"data.filters have no effect on {kind} rows, which carry no language, review or deletion; remove them")
     selection = Selection({split: [] for split in SPLITS}, sum(map(len, loaded.values())), "messages" if kind == "oasst" else "rows")
     for name, rows in loaded.items():
         if kind == "oasst":
@@ -264,7 +266,7 @@ def prepare(recipe: Recipe, selection: Selection, progress: Any) -> tuple[dict[s
         manifest = {
             "format_version": dataset.FORMAT_VERSION,
             "recipe": dataset.recipe_part(recipe),
-            "sources": dataset.source_hashes(recipe),
+            "sources": {**dataset.source_hashes(recipe), **sources.hub_commits(recipe.data)},
             "tokenizer": tokenizer_hash(tokenizer),
             "role_markers": asdict(markers),
             "chat_template": agreement,

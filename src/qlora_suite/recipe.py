@@ -74,6 +74,8 @@ Policy = Literal["best_path", "joined_replies", "best_replies", "all_replies", "
 class Data(Section):
     source: str | tuple[str, ...]
     """A hub id, or files and folders of JSONL, JSONL.gz or Parquet: OASST messages or trees, `messages` lists, `{"text"}`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit that was read stands in the manifest."""
     validation_source: str | tuple[str, ...] | None = None
     """With `split: published`: local files that hold the validation split."""
     split: Literal["published", "by_tree", "all"] = "published"

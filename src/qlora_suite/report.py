@@ -14,12 +14,24 @@ def headline(report: dict[str, Any]) -> str:
         subject = "the model" if report["adapter"] else "the base"
         return f"{subject.capitalize()} needs {model['bits_per_byte']:.4f} bits per byte (perplexity {model['perplexity']:.2f})."
     difference, base = report["difference"], report["base"]
-    low, high = difference["interval_95"]
-    verdict = "better" if high < 0 else "worse" if low > 0 else "not clearly different"
+    verdict = f"which is {difference['verdict']}" if difference["verdict"] else f"too few trees ({difference['trees']}) for a verdict"
+    interval = (
+        f" (95 % interval {difference['interval_95'][0]:+.4f} to {difference['interval_95'][1]:+.4f})" if difference["interval_95"] else ""
+    )
     return (
         f"The adapter needs {model['bits_per_byte']:.4f} bits per byte, the base at its best {base['bits_per_byte']:.4f}: "
-        f"{difference['bits_per_byte']:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), which is {verdict}."
+        f"{difference['bits_per_byte']:+.4f}{interval}, {verdict}."
     )
+
+
+def left_out_lines(report: dict[str, Any]) -> list[str]:
+    """A line for each model that should have been compared and was not."""
+    return [f"left out: {left['why']}" for left in report["left_out"]]
+
+
+def cut_line(report: dict[str, Any]) -> str:
+    cut = report["cut"]
+    return f"cut, because they do not fit in every format: {cut['answers']} answers, {cut['tokens']:,} tokens, {cut['bytes']:,} bytes"
 
 
 def result_table(report: dict[str, Any]) -> Table:
@@ -41,6 +53,7 @@ def markdown(report: dict[str, Any]) -> str:
     for name, cells in report["formats"].items():
         lines.append(f"| {name} | " + " | ".join(_cell(cells.get(column)) for column, _ in columns) + " |")
     lines += ["", "Bits per byte of the answers' content (perplexity per token in brackets). Lower is better.", ""]
+    lines += [f"**{line[0].upper()}{line[1:]}**\n" for line in left_out_lines(report)]
     lines += ["## What was measured", "", *(f"- {line}" for line in _facts(report)), ""]
     if report["slices"]:
         with_base = "base" in report["slices"][0]
@@ -65,13 +78,12 @@ def _cell(scores: dict[str, float] | None) -> str:
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
-    data, cut = report["data"], report["cut"]
+    data = report["data"]
     scored = report["adapter"] or report["base"]
     facts = [
         f"Data: {data['name']}; {data['answers']:,} answers in {data['conversations']:,} conversations of {data['trees']} trees, "
         f"{scored['num_tokens']:,} tokens, {scored['num_bytes']:,} bytes.",
-        f"Each answer is scored once, behind as much of its conversation as fits into {report['window']:,} tokens. Cut, because they do "
-        f"not fit in every format: {cut['answers']} answers, {cut['tokens']:,} tokens, {cut['bytes']:,} bytes.",
+        f"Each answer is scored once, behind as much of its conversation as fits into {report['window']:,} tokens; {cut_line(report)}.",
     ]
     if report["base"]:
         facts.append(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,13 +25,16 @@ from qlora_suite.checkpoint import State
 from qlora_suite.dataset import data_hash
 from qlora_suite.engine import Engine
 from qlora_suite.files import write_json, write_text
-from qlora_suite.model import base_fingerprint, versions
+from qlora_suite.model import base_fingerprint, load_config, versions
 from qlora_suite.preemption import StopRequest
 from qlora_suite.recipe import Recipe, curve_keys, flatten, to_yaml
 from qlora_suite.tracking import Journal, Status, say
 
 SAME_FILES = ("data.source", "data.validation_source", "model.base", "model.revision")
 """Curve keys that only name files: their contents are compared by hash, so that a folder may be moved."""
+
+
+BASE = "base (commit, or hash of its files)"
 
 
 def prepared_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -41,7 +45,7 @@ def prepared_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What must not change between two starts of one run."""
     keys = {key: value for key, value in curve_keys(recipe).items() if key not in SAME_FILES}
-    everything = {**keys, "data (hash of train.arrow)": data_hash(manifest), "base (hash of its files)": base_fingerprint(recipe.model)}
+    everything = {**keys, "data (hash of rows and tokenizer)": data_hash(manifest), BASE: base_fingerprint(recipe.model)}
     return json.loads(json.dumps(everything))  # tuples as lists, as they come back from a file
 
 
@@ -69,7 +73,9 @@ class Run:
         self.checkpoints = path / "checkpoints"
         self.status = Status(path / "status.json")
         self.step = self.status.step
-        self.finished = self.status.state == "finished" and (path / "final").is_dir()
+        self.finished = self.status.state == "finished" and checkpoint.complaint_about_checkpoint(path / "final") is None
+        """The status says so and the result is whole; a damaged result is written again from the last checkpoint."""
+        self.failed_saves = 0
 
     # ---- beginning ----------------------------------------------------------------------------------------------------------
 
@@ -116,6 +122,7 @@ class Run:
                 "recipe": self.recipe.model_dump(mode="json"),
                 "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
                 "parameters": vars(sizes),
+                "base": self.status.identity.get(BASE),
                 "servable_as": servable,
                 "servable_because": because,
                 "precision": precision,
@@ -155,7 +162,7 @@ class Run:
 
     def add_dev_loss(self, state: State, loss: float) -> None:
         """Note an evaluation on the development split, and whether it is the best."""
-        better = state.best is None or loss < state.best["loss"]
+        better = math.isfinite(loss) and (state.best is None or loss < state.best["loss"])
         state.evaluations_without_gain = 0 if better else state.evaluations_without_gain + 1
         if better:
             state.best = {"step": state.step, "loss": loss}
@@ -188,18 +195,40 @@ class Run:
             return True
         return minutes is not None and engine.any_rank(seconds >= minutes * 60)
 
-    def save(self, state: State, net: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write, verify, mirror; then prune."""
+    def save(
+        self, state: State, net: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase, *, required: bool
+    ) -> bool:
+        """Write, verify, mirror; then prune. Was it written?
+
+        A disk that is full for a while must not cost the run: a periodic save that fails is said, counted and tried again. Raises
+        OSError if the run cannot go on without this one (`required`).
+        """
+        saved = True
         if self.main:
-            base = (self.recipe.model.base, self.recipe.model.revision)
-            written = checkpoint.save(self.checkpoints, state, net, optimizer, tokenizer, to_yaml(self.recipe), base)
-            best = int(state.best["step"]) if state.best else None
-            for folder in self._folders():
-                if folder != self.checkpoints:
-                    checkpoint.copy_checked(written, folder / written.name)
-                checkpoint.prune(folder, self.recipe.checkpoints.keep, best)
-            self.status.write("running", state.step, self.num_steps)
+            try:
+                self._save(state, net, optimizer, tokenizer)
+            except OSError as error:
+                if required:
+                    raise
+                saved, self.failed_saves = False, self.failed_saves + 1
+                say(f"checkpoint at step {state.step} FAILED ({error}); training goes on from memory, failed so far: {self.failed_saves}")
         self.accelerator.wait_for_everyone()
+        return saved
+
+    def _save(self, state: State, net: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase) -> None:
+        base = (self.recipe.model.base, self.recipe.model.revision)
+        written = checkpoint.save(self.checkpoints, state, net, optimizer, tokenizer, to_yaml(self.recipe), base)
+        best = int(state.best["step"]) if state.best else None
+        checkpoint.prune(self.checkpoints, self.recipe.checkpoints.keep, best)
+        self.status.write("running", state.step, self.num_steps)
+        if self.recipe.output.mirror:
+            mirror = Path(self.recipe.output.mirror) / "checkpoints"
+            try:
+                checkpoint.copy_checked(written, mirror / written.name)
+                checkpoint.prune(mirror, self.recipe.checkpoints.keep, best)
+            except OSError as error:
+                self.failed_saves += 1
+                say(f"mirroring {written.name} FAILED ({error}); it is safe in {self.checkpoints}, failed so far: {self.failed_saves}")
 
     # ---- end ----------------------------------------------------------------------------------------------------------------
 
@@ -213,9 +242,13 @@ class Run:
             say(f"stopped {outcome}, at step {state.step} of {self.num_steps}; the same command goes on from there")
             return
         chosen = int(state.best["step"]) if state.best else state.step
-        if chosen != state.step:
-            checkpoint.load_weights(self.checkpoints / f"step-{chosen:06d}", net)
         why = f"lowest development loss ({state.best['loss']:.4f})" if state.best else "the last step"
+        if chosen != state.step:
+            folder = self.checkpoints / f"step-{chosen:06d}"
+            if complaint := checkpoint.complaint_about_checkpoint(folder):
+                chosen, why = state.step, f"the last step, for the best checkpoint ({folder.name}) is damaged: {complaint}"
+            else:
+                checkpoint.load_weights(folder, net)
         self._write_final(net, tokenizer, {"step": chosen, "chosen_by": why})
         self.finished = True
         self.status.write("finished", state.step, self.num_steps, outcome)
@@ -231,24 +264,26 @@ class Run:
         else:
             dtype = getattr(torch, self.recipe.output.final_dtype or "float32")
             _save_pretrained(net.to(dtype), aside)
+            config = load_config(self.recipe.model)  # as its maker wrote it: ours was changed for training
+            config.architectures, config.dtype = [type(net).__name__], dtype
+            config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         write_json(aside / "chosen.json", choice)
         checkpoint.seal(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
 
-    def _folders(self) -> list[Path]:
-        mirror = self.recipe.output.mirror
-        return [self.checkpoints, *([Path(mirror) / "checkpoints"] if mirror else [])]
-
     def _restore_from_mirror(self, mirror: Path) -> None:
         """A machine that lost its disk goes on from the mirror."""
         found = checkpoint.latest(mirror / "checkpoints")
         if found is not None:
             say(f"{self.checkpoints} is empty; taking {found} from the mirror")
-            aside = self.checkpoints / f".{found.name}.tmp"  # a copy cut short must not look like a damaged checkpoint
-            checkpoint.copy_checked(found, aside)
-            aside.rename(self.checkpoints / found.name)
+            best = checkpoint.read_state(found).best
+            wanted = [found.with_name(f"step-{int(best['step']):06d}")] if best else []
+            for source in (*(w for w in wanted if w != found and w.is_dir()), found):  # the newest last: then all are there
+                aside = self.checkpoints / f".{source.name}.tmp"  # a copy cut short must not look like a damaged checkpoint
+                checkpoint.copy_checked(source, aside)
+                aside.rename(self.checkpoints / source.name)
 
 
 def _scalars(recipe: Recipe) -> dict[str, Any]:

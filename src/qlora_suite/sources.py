@@ -42,10 +42,12 @@ def load(data: Data) -> dict[str, list[Row]]:
 
     Raises ValueError for what cannot be read and for a published split that is not there.
     """
+    if data.revision is not None and not any(_is_hub_id(name) for name in _names(data.source)):
+        raise ValueError(f"data.revision has no effect on local files ({data.source}); remove it")
     if data.split != "published":
-        return {"all": read(data.source)}
+        return {"all": read(data.source, revision=data.revision)}
     if data.validation_source is not None:
-        return {"train": read(data.source, "train"), "validation": read(data.validation_source, "validation")}
+        return {"train": read(data.source, "train", data.revision), "validation": read(data.validation_source, "validation")}
     for name in _names(data.source):
         path = Path(name)
         if path.is_file() or (path.is_dir() and not any(_is_of(p, "validation") for p in _files(path))):
@@ -53,10 +55,10 @@ def load(data: Data) -> dict[str, list[Row]]:
                 f"split: published needs a validation split, and {name} holds none (in a folder: files named validation*); "
                 "set data.validation_source to it, or cut one off with data.split=by_tree"
             )
-    return {"train": read(data.source, "train"), "validation": read(data.source, "validation")}
+    return {split: read(data.source, split, data.revision) for split in ("train", "validation")}
 
 
-def read(source: str | tuple[str, ...], split: Split | None = None) -> list[Row]:
+def read(source: str | tuple[str, ...], split: Split | None = None, revision: str | None = None) -> list[Row]:
     """The rows of every source, one after another; OASST trees as flat messages, depth first.
 
     With a split: that split of a hub data set; of a folder, the files named train* or validation* (all of them, if none is
@@ -71,8 +73,8 @@ def read(source: str | tuple[str, ...], split: Split | None = None) -> list[Row]
         if path.is_file() or path.is_dir():
             for file in _split_files(path, split) if path.is_dir() else [path]:
                 rows += _flat(_read_file(file))
-        elif _HUB_ID.fullmatch(name) and not name.endswith(_READABLE):
-            rows += _flat(_read_hub(name, split or "train"))
+        elif _is_hub_id(name):
+            rows += _flat(_read_hub(name, split or "train", revision))
         else:
             raise ValueError(f"there is no file or folder {name} (working folder: {Path.cwd()}); correct the path")
         if len(rows) == before:
@@ -276,11 +278,29 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 # --- the hub
 
 
-def _read_hub(name: str, split: Split) -> list[Row]:
+def hub_commits(data: Data) -> dict[str, str]:
+    """{hub id: the commit that its name and revision stand for now}; `unknown` if the hub does not say (a copy from the cache)."""
+    import huggingface_hub  # local files do not need it
+
+    commits = {}
+    for name in _names(data.source):
+        if _is_hub_id(name):
+            try:
+                commits[name] = huggingface_hub.HfApi().dataset_info(name, revision=data.revision).sha or "unknown"
+            except (OSError, ValueError):
+                commits[name] = "unknown"
+    return commits
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(_READABLE) and not Path(name).exists()
+
+
+def _read_hub(name: str, split: Split, revision: str | None) -> list[Row]:
     import datasets  # takes seconds, and local files do not need it
 
     try:
-        return datasets.load_dataset(name, split=split).to_list()
+        return datasets.load_dataset(name, split=split, revision=revision).to_list()
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"there is no file or folder {name} here, and the hub gave no split {split} of a data set of that name "

@@ -33,7 +33,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Journal:
-    """An append-only JSONL file in which each step stands once: cut back when a run resumes from an earlier step."""
+    """An append-only JSONL file, cut back when a run resumes from an earlier step, so that nothing stands in it twice."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -53,7 +53,9 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would also cut at U+2028 inside an answer
+        if not line:
+            continue
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

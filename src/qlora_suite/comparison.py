@@ -1,0 +1,66 @@
+"""Scores of several models in several formats -> report.json: the base at its best against the adapter, over the same answers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, by_conversation, paired_interval, slices
+from qlora_suite.metric import corpus_perplexity
+from qlora_suite.recipe import Recipe
+
+Scores = dict[str, dict[str, list[AnswerScore]]]
+"""By format and column."""
+
+
+def compare(scores: Scores, labels: dict[str, str], trained: str, samples: int) -> dict[str, Any]:
+    """Sums to means, the base's best score, the paired difference, slices and every conversation."""
+    formats = {name: {column: summary(found) for column, found in cells.items()} for name, cells in scores.items()}
+    ours = scores.get(trained, {}).get("adapter")
+    candidates = [
+        (s["bits_per_byte"], name, column) for name, cells in formats.items() for column, s in cells.items() if column != "adapter"
+    ]
+    base = difference = theirs = None
+    if candidates:
+        _, name, column = min(candidates)
+        base, theirs = {"format": name, "column": column, **formats[name][column]}, scores[name][column]
+        if ours:
+            difference = paired_interval(theirs, ours, samples)
+    return {
+        "base": base,
+        "adapter": {"format": trained, **formats[trained]["adapter"]} if ours else None,
+        "difference": difference,
+        "formats": formats,
+        "labels": labels,
+        "slices": slices(theirs, ours) if ours else [],
+        "conversations": by_conversation(theirs, ours),
+    }
+
+
+def summary(found: list[AnswerScore]) -> dict[str, float]:
+    """The metric of the content, and the end tokens apart."""
+    means = corpus_perplexity([a.nats for a in found], [a.tokens for a in found], [a.bytes for a in found])
+    end_nats, end_tokens = math.fsum(a.end_nats for a in found), sum(a.end_tokens for a in found)
+    end_nll = end_nats / end_tokens if end_tokens else 0.0
+    with_end = means["bits_per_byte"] + end_nats / math.log(2) / means["num_bytes"]
+    ends = {"end_tokens": end_tokens, "end_nll": end_nll, "end_probability": math.exp(-end_nll), "bits_per_byte_with_end": with_end}
+    return {**means, **ends}
+
+
+def describe_data(recipe: Recipe, manifest: dict[str, Any], found: Sequence[Excerpt], cut: Cut) -> dict[str, Any]:
+    """What was scored, and what was not because it does not fit."""
+    source = recipe.data.validation_source or recipe.data.source
+    name = source if isinstance(source, str) else ", ".join(source)
+    kind = {"published": "validation split", "by_tree": "held-out trees of a demonstration split, not the published one", "all": "all"}
+    answers = sum(t.role == "assistant" and t.learn for e in found for t in e.conversation.turns)
+    return {
+        "data": {
+            "name": f"{name}, {kind[recipe.data.split]}, policy {recipe.data.policy}",
+            "conversations": len({(e.conversation.key, e.conversation.ids) for e in found}),
+            "answers": answers,
+            "trees": len({e.conversation.group for e in found}),
+            "validation_sha256": manifest["files"]["validation.arrow"]["sha256"],
+        },
+        "window": recipe.data.max_length,
+        "cut": asdict(cut),
+    }

@@ -1,0 +1,162 @@
+"""What scripts/evaluate.py is to score: the base alone, a run, or an adapter or full model that was trained elsewhere.
+
+subject = subject_of(Path("runs/quickstart"), [])
+ours, of_base = renderers_of(subject, manifest)     how it reads a conversation, and in which formats the base may try
+columns_of(subject, dtype, ours, of_base)           the models to compare
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qlora_suite.adapter import adapter_folder
+from qlora_suite.chat import Renderer
+from qlora_suite.checkpoint import complaint_about_checkpoint
+from qlora_suite.files import read_json
+from qlora_suite.model import load_config, load_tokenizer
+from qlora_suite.recipe import Chat, Model, Recipe, load
+from qlora_suite.role_markers import ASSISTANT, PROMPTER, RoleMarkers, add_role_markers
+from qlora_suite.run_folder import prepared_tokenizer
+from qlora_suite.tracking import say
+
+PLAIN_FORMATS = ("human_assistant", "instruct_output")
+"""In which a base that has never seen our markers may do better."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Subject:
+    recipe: Recipe
+    folder: Path
+    """Where the report goes."""
+    report: str
+    """Name of the report's files: `report` belongs to the run in that folder, everything else has a name of its own."""
+    format: str
+    """The chat format it was trained in."""
+    adapter: str | None = None
+    model: str | None = None
+    """A full model, instead of base and adapter."""
+    elsewhere: bool = False
+    """Not made by this recipe: with a tokenizer of its own."""
+    chosen_by: str = "its maker"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model of the comparison."""
+
+    name: str
+    """`base_unquantised`, `base_quantised` or `adapter` (also a full model)."""
+    label: str
+    model: Model
+    adapter: str | None
+    renderers: dict[str, Renderer]
+    """By format: those in which it is scored."""
+
+
+def subject_of(
+    target: Path, overrides: list[str], adapter: str | None = None, model: str | None = None, chat: str | None = None
+) -> Subject:
+    """What the command line names. Raises ValueError if it cannot be scored."""
+    if adapter and model:
+        raise ValueError("--adapter and --model name two different things to score; give one")
+    if chat and not (adapter or model):
+        raise ValueError("--format says how an --adapter or --model was trained; a run and a base are scored in the recipe's format")
+    if not target.is_dir():
+        recipe, other = load(target, overrides), adapter or model
+        name = f"report-{_file_name(other) if other else 'base'}"
+        return Subject(recipe, Path(recipe.output.dir), name, chat or recipe.chat.format, adapter, model, elsewhere=bool(other))
+    if adapter or model:
+        raise ValueError(f"{target} is a run's folder and has a result of its own; give a recipe with --adapter or --model")
+    if not (target / "recipe.yaml").is_file():
+        raise ValueError(f"{target} is not a run's folder: it has no recipe.yaml (for an adapter, give a recipe and --adapter {target})")
+    recipe, final = load(target / "recipe.yaml", overrides), target / "final"
+    if not final.is_dir():
+        state = read_json(target / "status.json")
+        raise ValueError(
+            f"{target} is not finished ({state['state']} at step {state['step']} of {state['num_steps']}); train on, then evaluate"
+        )
+    if complaint := complaint_about_checkpoint(final):
+        raise ValueError(f"{final} is damaged ({complaint}); remove it, and scripts/train.py makes it again from the run's checkpoints")
+    made = {"model" if recipe.adapter == "none" else "adapter": str(final)}
+    return Subject(recipe, target, "report", recipe.chat.format, **made, chosen_by=read_json(final / "chosen.json")["chosen_by"])
+
+
+def _file_name(place: str) -> str:
+    """The last part of a path or hub id, fit for a file's name."""
+    last = Path(place).resolve().name if Path(place).exists() else place.rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "other"
+
+
+def renderers_of(subject: Subject, manifest: dict[str, Any]) -> tuple[Renderer, dict[str, Renderer]]:
+    """How the subject reads a conversation, and how its base may: in the trained format (first) and in the plain-text ones.
+
+    Scores are of the answers, whatever was trained on.
+    """
+    recipe = subject.recipe
+    own = recipe.chat if recipe.chat.format == subject.format else Chat(format=subject.format)  # the recipe's keeps its system prompt
+    chat = own.model_copy(update={"loss_on": None})
+    base_tokenizer = load_tokenizer(recipe.model)
+    if subject.elsewhere:
+        tokenizer = tokenizer_of(subject)
+        ours = _renderer(tokenizer, chat, Model(base=subject.model) if subject.model else recipe.model)
+        shared = base_tokenizer.get_vocab().items() <= tokenizer.get_vocab().items()
+        of_base = {subject.format: ours if shared else _renderer(load_tokenizer(recipe.model), chat, recipe.model)}
+    else:
+        ours = Renderer(prepared_tokenizer(Path(recipe.data.prepared)), chat, RoleMarkers.from_json(manifest["role_markers"]))
+        of_base = {subject.format: ours}
+    for name in PLAIN_FORMATS if subject.format != "text" else ():
+        if name not in of_base:
+            of_base[name] = _renderer(base_tokenizer, Chat(format=name), recipe.model)
+    return ours, of_base
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase, chat: Chat, model: Model) -> Renderer:
+    """For a model that is not ours to train: role markers are control tokens only if its tokenizer has them, else plain text.
+
+    A new control token would stand for a row of the embedding that nobody has trained.
+    """
+    rows = load_config(model).get_text_config().vocab_size
+    if chat.format == "oasst":
+        vocabulary = tokenizer.get_vocab()
+        known = [marker for marker in (PROMPTER, ASSISTANT) if marker in vocabulary]
+        if outside := [marker for marker in known if vocabulary[marker] >= rows]:
+            raise ValueError(f"the tokenizer has {outside[0]} as token {vocabulary[outside[0]]}, but {model.base} has {rows:,} rows")
+        chat = chat.model_copy(update={"role_markers": "auto" if len(known) == 2 else "text"})
+    return Renderer(tokenizer, chat, add_role_markers(tokenizer, rows, chat))
+
+
+def tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
+    """The tokenizer of something trained elsewhere: its own, or else the base's. Raises ValueError if its own is damaged."""
+    place = subject.model or str(adapter_folder(subject.adapter))
+    if not Path(place).is_dir() or any((Path(place) / name).is_file() for name in TOKENIZER_FILES):
+        try:
+            return load_tokenizer(Model(base=place))
+        except ValueError:
+            if Path(place).is_dir():
+                raise
+    say(f"{subject.model or subject.adapter} has no tokenizer of its own; it gets the one of {subject.recipe.model.base}")
+    return load_tokenizer(subject.recipe.model)
+
+
+def columns_of(subject: Subject, dtype: torch.dtype, ours: Renderer, of_base: dict[str, Renderer]) -> list[Column]:
+    """The models to compare, in the order in which they are shown. Raises ValueError if there are none."""
+    model, columns = subject.recipe.model, []
+    unquantised = Model(base=model.base, revision=model.revision, quantization="none")
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    trained = {subject.format: ours}
+    if not model.random_init:
+        columns.append(Column("base_unquantised", f"base, {short}", unquantised, None, of_base))
+        if model.quantization != "none":
+            columns.append(Column("base_quantised", f"base, {model.quantization}", model, None, of_base))
+    if subject.adapter:
+        columns.append(Column("adapter", "adapter", model, subject.adapter, trained))
+    if subject.model:
+        columns.append(Column("adapter", "model", Model(base=subject.model, quantization="none"), None, trained))
+    if not columns:
+        raise ValueError("the recipe makes its model from nothing, so there is no base to score; give its run's folder instead")
+    return columns
