@@ -25,6 +25,7 @@ SCALE_SEARCH_STEPS = 16
 """The scale starts at 65,536 = 2^16 and halves at each overflow."""
 TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Where a tracker's package is not called as the tracker."""
+TRUE = ("true", "1", "yes")
 MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -39,15 +40,22 @@ def start(trackers: Sequence[str] = (), folder: str | None = None) -> tuple[Acce
             f"the accelerate config sets gradient_accumulation_steps to {accumulation}; accumulation follows from train.rows_per_step, "
             "so remove it there"
         )
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available():  # a Mac
         os.environ["ACCELERATE_USE_CPU"] = "true"  # bitsandbytes and our precision rule know CUDA and the CPU
     for tracker in trackers:
         if not any(importlib.util.find_spec(package) for package in TRACKER_PACKAGES.get(tracker, (tracker,))):
             raise ValueError(
                 f"tracking.trackers: {tracker} needs the package {TRACKER_PACKAGES.get(tracker, (tracker,))[0]}; pip install it"
             )
-    state = PartialState()
+    # Accelerator() would read this by itself, but the state is made before it, to know the device that decides the precision
+    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE)
     _check_device(state.device)
+    asked_for = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != asked_for:
+        raise ValueError(
+            f"{asked_for} processes were launched but each found a world of {state.num_processes}, so all would train alone and overwrite "
+            "each other; check distributed_type in the accelerate config"
+        )
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in MIXED_PRECISION.values():
         raise ValueError(f"mixed_precision: {asked} is not supported; use bf16, fp16 or no, which follows the hardware")
@@ -62,7 +70,7 @@ def _check_device(device: torch.device) -> None:
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower()  # set by `accelerate launch`, and by a person who means it
     hidden = "CUDA_VISIBLE_DEVICES" in os.environ
     unusable = not asked and not hidden and Path("/proc/driver/nvidia/version").exists()
-    if asked not in ("", "true", "1", "yes") or unusable:
+    if asked not in ("", *TRUE) or unusable:
         raise ValueError(
             "this is meant for a GPU, but torch sees none and would quietly use the CPU; see `nvidia-smi` and `python -m "
             "torch.utils.collect_env` (README: torch for your machine), or use accelerate_configs/cpu.yaml or ACCELERATE_USE_CPU=true"
