@@ -135,7 +135,6 @@ def _prepare_config(config: PreTrainedConfig) -> None:
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "attention_dropout_prob"):
         if getattr(config, key, None):
             setattr(config, key, 0.0)
-    config.use_cache = False
 
 
 def _quantization(model: recipes.Model, dtype: torch.dtype) -> Any:
