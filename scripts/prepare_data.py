@@ -28,7 +28,7 @@ LABELS = {
     "trees": "trees",
     "conversations": "conversations taken by the policy",
     "unanswered": "  dropped: no assistant turn",
-    "nothing_new": "  dropped: every answer is learnt through another path",
+    "nothing_new": "  dropped: nothing that another one does not teach",
     "dropped_too_long": "  dropped: too long",
     "kept": "conversations kept",
     "open_ends": "  of them, cut before a last unanswered prompt",
