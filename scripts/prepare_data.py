@@ -75,10 +75,11 @@ def run(recipe: Recipe, ids: str | None, export: str | None) -> None:
 def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     """Where every message and every conversation went."""
     kept = counts["read"] - sum(counts["dropped"].values())
-    say(f"{counts['unit']} read {counts['read']:>9,}")
+    width = max(map(len, LABELS.values()))  # the numbers stand above the table's first column
+    say(f"{counts['unit'] + ' read':<{width}} {counts['read']:>9,}")
     for reason, count in counts["dropped"].items():
-        say(f"  dropped: {reason:<20} {count:>9,}")
-    say(f"{counts['unit']} kept {kept:>9,}")
+        say(f"{'  dropped: ' + reason:<{width}} {count:>9,}")
+    say(f"{counts['unit'] + ' kept':<{width}} {kept:>9,}\n")
     if counts["capped"]:
         say(f"train conversations beyond data.max_examples: {counts['capped']:,}")
     table = Table(box=None, pad_edge=False)
