@@ -16,7 +16,8 @@ from transformers import PhiConfig, PreTrainedTokenizerFast
 
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.preparation import select
-from qlora_suite.recipe import Recipe, load
+from qlora_suite.recipe import Recipe
+from qlora_suite.recipe_file import load
 from qlora_suite.tracking import say
 
 VOCABULARY, SPARE_ROWS = 4096, 32

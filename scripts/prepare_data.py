@@ -20,7 +20,8 @@ from qlora_suite import dataset
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.preparation import SPLITS, prepare, select, write_ids, write_messages
-from qlora_suite.recipe import Recipe, load
+from qlora_suite.recipe import Recipe
+from qlora_suite.recipe_file import load
 from qlora_suite.rendered import Rendered
 from qlora_suite.tracking import console, say
 

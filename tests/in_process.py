@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
 
 from qlora_suite.preparation import prepare, select
-from qlora_suite.recipe import load
+from qlora_suite.recipe_file import load
 
 
 @cache

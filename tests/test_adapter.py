@@ -13,7 +13,8 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 from qlora_suite.adapter import add_adapter, check_coverage, coverage, linear_names, load_adapter, neftune, size
 from qlora_suite.loss import Batch, summed_loss
 from qlora_suite.model import load_base
-from qlora_suite.recipe import Adapter, Model, Recipe, load
+from qlora_suite.recipe import Adapter, Model, Recipe
+from qlora_suite.recipe_file import load
 from qlora_suite.trainable import build_model
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from qlora_suite.adapter import add_adapter
 from qlora_suite.batches import permutation
 from qlora_suite.dataset import load_manifest
 from qlora_suite.model import load_base
-from qlora_suite.recipe import load
+from qlora_suite.recipe_file import load
 
 STEPS = 11
 """One epoch; the last step has empty rows."""

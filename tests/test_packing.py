@@ -17,7 +17,8 @@ from qlora_suite.chat import Renderer
 from qlora_suite.loss import check_separates_packed_rows, collate, forward
 from qlora_suite.packing import pack
 from qlora_suite.preparation import prepare, select, trimmed
-from qlora_suite.recipe import Recipe, load
+from qlora_suite.recipe import Recipe
+from qlora_suite.recipe_file import load
 from qlora_suite.rendered import shorten
 from qlora_suite.role_markers import RoleMarkers
 

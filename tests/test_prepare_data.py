@@ -17,7 +17,8 @@ from qlora_suite.command_line import with_clear_errors
 from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import MANIFEST, Rows, load_manifest, read_conversations
 from qlora_suite.preparation import SPLITS
-from qlora_suite.recipe import Recipe, load
+from qlora_suite.recipe import Recipe
+from qlora_suite.recipe_file import load
 
 ASSET = ROOT / "assets" / "oasst1_en_validation.jsonl.gz"
 

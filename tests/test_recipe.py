@@ -9,7 +9,8 @@ import yaml
 from conftest import ROOT
 from pydantic import ValidationError
 
-from qlora_suite.recipe import Recipe, curve_keys, flatten, from_dict, load, to_yaml
+from qlora_suite.recipe import Recipe, curve_keys, flatten
+from qlora_suite.recipe_file import from_dict, load, to_yaml
 
 MINIMAL = """\
 model: {base: base}

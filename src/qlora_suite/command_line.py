@@ -6,7 +6,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from qlora_suite.recipe import Recipe, load
+from qlora_suite.recipe import Recipe
+from qlora_suite.recipe_file import load
 
 
 def main(run: Callable[[Recipe], None], doc: str) -> None:

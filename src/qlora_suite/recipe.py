@@ -1,25 +1,14 @@
-"""The recipe: what to train, as one typed, frozen, strict YAML file.
-
-    recipe = load("recipes/quickstart.yaml", ["optim.learning_rate=1e-4"])
-    recipe.optim.learning_rate            # 0.0001
+"""The recipe: what to train, typed, frozen and strict. `recipe_file.load` reads one.
 
 Where to run (processes, precision, sharding) is the accelerate config's business: no key stands in both files.
-Every complaint about a recipe is raised at once, with the key's path; an unknown key names its nearest known one.
 
 Keys are of two kinds. A *curve* key changes what is learnt, so a run refuses to resume when one has changed. A *free*
 key (marked `free(...)` below) changes only speed, memory, what is saved and what is shown.
 """
 
-import difflib
-import json
-import re
-import shlex
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -296,65 +285,6 @@ class Recipe(Section):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string because it lacks a dot, where people mean the number, and takes the last of two equal keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) < len(node.value):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands twice", node.start_mark)
-        return mapping
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts quotes around a text that `_Loader` would take for a number."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
-
-
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe and apply `section.key=value` overrides (values are YAML).
-
-    Raises ValueError with every complaint at once.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no recipe at {path} (working folder: {Path.cwd()})")
-    if path.stat().st_size > 1_000_000:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a recipe has a few thousand")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
-    tree = _parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} does not hold keys and values")
-    for override in overrides:
-        _apply(tree, override)
-    recipe = from_dict(tree, str(path))
-    recipe._command_line = shlex.join([str(path), *overrides])
-    return recipe
-
-
-def from_dict(tree: dict[str, Any], name: str = "recipe") -> Recipe:
-    """Validate a nested dict; `name` stands in the message. Raises ValueError with every complaint at once."""
-    try:
-        return Recipe.model_validate(_tuples(tree))
-    except ValidationError as error:
-        complaints = _merged(line for e in error.errors() for line in _complaints(e))
-        noun = "problem" if len(complaints) == 1 else "problems"
-        raise ValueError(f"{name} has {len(complaints)} {noun}:\n" + "\n".join(f"  {c}" for c in complaints)) from None
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """The recipe with every default written out, as it stands beside each checkpoint."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
 def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:
     """{"optim.learning_rate": 0.001, ...}; a section set to null or a word stands under its own name."""
     out: dict[str, Any] = {}
@@ -374,81 +304,3 @@ def curve_keys(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:
         elif not (field.json_schema_extra or {}).get("free") and prefix + key not in ("data.prepared", "output.dir"):
             out[prefix + key] = value
     return out
-
-
-def _parse_yaml(text: str, name: str) -> Any:
-    try:
-        # Aliases let a file of a few lines expand into gigabytes; recipes have no use for them.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise yaml.YAMLError("aliases (*name) are not allowed in recipes")
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one number format more
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-99-99
-        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError(f"{name} is nested too deep; a recipe has sections and keys") from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise ValueError(f"{override!r} is not an override; write key=value, e.g. optim.learning_rate=1e-4")
-    *sections, last = key.split(".")
-    for section in sections:
-        if not isinstance(tree.get(section), dict):
-            tree[section] = {}
-        tree = tree[section]
-    tree[last] = _parse_yaml(text, override)
-
-
-def _tuples(value: Any) -> Any:
-    """YAML's lists as tuples, so that a frozen recipe is frozen all the way down."""
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def _complaints(error: Any) -> list[str]:
-    """One pydantic error as sentences that name the key's path."""
-    fields, path, section = Recipe.model_fields, [], Recipe
-    for part in error["loc"]:
-        # pydantic adds the name of the union's branch ("Adapter", "literal['none']") to the path; a person did not write it
-        if part in fields or isinstance(part, int) or (error["type"] == "extra_forbidden" and part == error["loc"][-1]):
-            path.append(str(part))
-            inner = _section_of(fields[part].annotation) if part in fields else None
-            if inner is not None:
-                section, fields = inner, inner.model_fields
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known here: {', '.join(section.model_fields)}"
-        return [f"{key}: unknown key; {hint}"]
-    if error["type"] == "missing":
-        return [f"{key}: missing"]
-    if error["type"] == "value_error":
-        prefix = f"{key}: " if key else ""
-        return [prefix + line for line in str(error["ctx"]["error"]).splitlines()]
-    if error["type"] == "literal_error" and error["loc"][-1] == "literal['none']" and isinstance(error["input"], dict):
-        return []  # the other branch of `adapter` says what is wrong
-    message = re.sub(r"dictionary or instance of \w+", "section of keys", error["msg"]).replace("valid tuple", "valid list")
-    return [f"{key}: {message[0].lower()}{message[1:]} (found {_as_written(error['input'])})"]
-
-
-def _merged(complaints: Iterable[str]) -> list[str]:
-    """Each once, in the order of the keys; what one key with several allowed types complains of, in one line."""
-    wishes: dict[tuple[str, str], list[str]] = {}
-    for line in sorted(set(complaints)):
-        match = re.fullmatch(r"(.*?: input should be )(.*)( \(found .*\))", line, re.DOTALL)
-        wishes.setdefault((match[1], match[3]) if match else (line, ""), []).append(match[2] if match else "")
-    return [f"{before}{' or '.join(wish)}{found}" for (before, found), wish in wishes.items()]
-
-
-def _as_written(value: Any) -> str:
-    """A value as it stands in YAML, where null is not None and a list is no tuple."""
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None

@@ -27,7 +27,8 @@ from qlora_suite.engine import Engine
 from qlora_suite.files import write_json, write_text
 from qlora_suite.model import base_fingerprint, load_config, versions
 from qlora_suite.preemption import StopRequest
-from qlora_suite.recipe import Recipe, curve_keys, flatten, to_yaml
+from qlora_suite.recipe import Recipe, curve_keys, flatten
+from qlora_suite.recipe_file import to_yaml
 from qlora_suite.tracking import Journal, Status, say
 
 SAME_FILES = ("data.source", "data.validation_source", "model.base", "model.revision")

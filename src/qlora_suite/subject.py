@@ -18,7 +18,8 @@ from qlora_suite.chat import Renderer
 from qlora_suite.checkpoint import complaint_about_checkpoint
 from qlora_suite.files import read_json
 from qlora_suite.model import load_config, load_tokenizer
-from qlora_suite.recipe import Chat, Model, Recipe, load
+from qlora_suite.recipe import Chat, Model, Recipe
+from qlora_suite.recipe_file import load
 from qlora_suite.role_markers import ASSISTANT, PROMPTER, RoleMarkers, add_role_markers
 from qlora_suite.run_folder import prepared_tokenizer
 from qlora_suite.tracking import say
