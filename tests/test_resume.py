@@ -287,7 +287,7 @@ def test_other_data_is_refused(recipe: Path, copy: Path) -> None:
     prepared(recipe, *other)
     with pytest.raises(ValueError, match=r"data.policy: was 'all_paths'") as refusal:
         train(recipe, f"output.dir={copy}", *other)
-    assert "data (hash of train.arrow): was" in str(refusal.value)
+    assert "data (hash of rows and tokenizer): was" in str(refusal.value)
 
 
 def test_another_base_is_refused(recipe: Path, copy: Path, tiny_base: Path) -> None:
@@ -302,7 +302,7 @@ def test_another_base_is_refused(recipe: Path, copy: Path, tiny_base: Path) -> N
     for base in (other, moved):
         prepared(recipe, f"model.base={base}", *overrides)
         if base == other:
-            with pytest.raises(ValueError, match=r"base \(hash of its files\): was") as refusal:
+            with pytest.raises(ValueError, match=r"base \(commit, or hash of its files\): was") as refusal:
                 train(recipe, f"model.base={base}", *overrides)
             assert str(refusal.value).count(": was ") == 1
         shutil.rmtree(copy.parent / "rows")
