@@ -12,6 +12,9 @@ from typing import Any
 
 # Before torch and the hub's clients are imported: nothing in a test may reach the network, and two threads are all there are.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# The properties are proved in fp32 on the CPU, on a machine with a GPU too; `pytest -m gpu` runs what needs the card.
+if "gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

@@ -376,7 +376,7 @@ def test_a_manifest_that_is_none_is_answered_with_the_command(script, make_recip
     recipe = load(make_recipe())
     prepared(script, recipe)
     (Path(recipe.data.prepared) / MANIFEST).write_text(text)
-    complaint(recipe)
+    assert "scripts/prepare_data.py" in complaint(recipe)
     prepared(script, recipe)
 
 
