@@ -158,6 +158,8 @@ def fingerprint_of(adapter: str | None) -> list[str] | None:
 
 
 def bar(batches: Sequence[Any], label: str) -> Any:
+    if not console.is_terminal:
+        say(f"scoring {label}: {len(batches)} batches")
     return track(batches, description=f"scoring {label}", console=console, transient=True, disable=not console.is_terminal)
 
 

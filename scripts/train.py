@@ -7,7 +7,8 @@
 The same command again goes on where the run stopped. Everything it writes is below the recipe's output.dir:
 
     checkpoints/     to go on from; each verified                 previews.md     answers to the recipe's prompts over time
-    final/           the adapter to use, in PEFT's layout         status.json     running, stopped, finished or failed
+    final/           the adapter to use, in PEFT's layout:        status.json     running, stopped, finished or failed
+                     the best on the development split if evaluation.every_steps is set, else the last
     metrics.jsonl    one line a step                              run.json        recipe, versions, hashes, hardware
 """
 
@@ -87,6 +88,7 @@ def train(recipe: Recipe) -> None:
             set_checkpointing(base, checkpointing)
             batch = collate([rows[r] for r in rows.lengths.argsort()[::-1][:size]], pad_id).to(accelerator.device)
             try:
+                # through the same engine as a step; `base` is the model inside `net`, which knows how to recompute its layers
                 with engine.accumulate(last=False):  # a rank that runs out of memory must not leave others waiting for its gradients
                     engine.backward(summed_loss(engine.model, replace(batch, supervised=batch.position_ids > 0)), num_tokens=1)
             finally:
@@ -130,6 +132,7 @@ def train(recipe: Recipe) -> None:
 
                 for group in opt.param_groups:
                     group["lr"] = lr_at(step, recipe.optim, num_steps)
+                # the gradient was divided by num_tokens in engine.backward; engine.step clips, applies and clears it
                 loss = engine.sum_over_ranks(loss_sum.item())[0] / num_tokens
                 grad_norm, applied = engine.step(loss)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import nn
 
 from qlora_suite import checkpoint
 from qlora_suite.engine import SCALE_SEARCH_STEPS, Engine, seed_for, start
+from qlora_suite.preemption import StopRequest
 from qlora_suite.run_folder import Run
 
 
@@ -277,3 +279,22 @@ print("imported:", sorted(name for name in sys.modules if name.partition(".")[0]
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "1" / "final" / "model.safetensors").exists()
     assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+def test_a_run_whose_launcher_dies_is_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` does not pass every signal on; a run started by hand may outlive its shell."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for launched in (True, False):
+            if launched:
+                monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+            else:
+                monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+            request = StopRequest()
+            assert not request.asked()
+            with monkeypatch.context() as patch:
+                patch.setattr("os.getppid", lambda: 1)
+                assert request.asked() is launched
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -3,7 +3,7 @@
 engine = Engine(accelerator, model, optimizer, dtype, max_grad_norm=1.0)
 with engine.accumulate(last=...):                 # gradients are exchanged once a step
     engine.backward(loss_sum, num_tokens)         # loss of the step = sum over all ranks / supervised tokens of the step
-grad_norm, applied = engine.step()
+grad_norm, applied = engine.step(loss)
 """
 
 import contextlib

@@ -179,7 +179,7 @@ class Run:
         limit = self.recipe.stop.after_minutes
         if engine.any_rank(limit is not None and seconds >= limit * 60):
             return f"after {limit:g} minutes, as stop.after_minutes asks"
-        return "on a request to stop" if engine.any_rank(request.reason is not None) else ""
+        return "on a request to stop" if engine.any_rank(request.asked()) else ""
 
     def reason_to_stop_early(self, state: State) -> str:
         """Why no further step would help; empty while it may."""
