@@ -7,13 +7,16 @@
     python scripts/evaluate.py recipes/phi2_oasst1.yaml --model someone/phi-2-merged
 
 The last two take an adapter or a full model that was trained elsewhere; --format says in which chat format (else: the recipe's).
+Under `accelerate launch`, with any config, the processes share out the answers, each with a whole model; the report is the same.
 Reports go to the run's folder or the recipe's output.dir: report.md and report.json for a run, report-base for the base alone,
 report-NAME for an adapter or a model. The validation split is read here alone. Scores are kept beside the report by what they
 were made from, so that nothing is computed twice.
 """
 
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,15 @@ from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.comparison import Scores, compare, describe_data
+from qlora_suite.engine import autocast
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, excerpts, release_memory, score_within_memory
 from qlora_suite.files import hash_of, read_json, sha256, write_json, write_text
 from qlora_suite.model import base_fingerprint, load_base, load_config, versions
 from qlora_suite.preparation import tokenizer_hash
-from qlora_suite.recipe import Chat
+from qlora_suite.prequantized import record_of
+from qlora_suite.ranks import gathered, taking_turns, together
+from qlora_suite.recipe import Chat, Model
 from qlora_suite.report import cut_line, headline, left_out_lines, markdown, result_table
 from qlora_suite.run_folder import hardware
 from qlora_suite.subject import Column, Subject, columns_of, renderers_of, subject_of
@@ -44,40 +50,52 @@ LOGIT_BYTES = {"cpu": 2 * 2**30, "cuda": 8 * 2**30}
 """For the logits of all places in fp32, three times: as they are, as log-probabilities, and something in between."""
 
 
-def run(subject: Subject) -> None:
+def run(target: Path, overrides: list[str], adapter: str | None = None, model: str | None = None, chat: str | None = None) -> None:
     accelerator, dtype = start_engine()
-    recipe = subject.recipe
-    manifest = dataset.load_manifest(recipe)
-    everything = dataset.read_conversations(Path(recipe.data.prepared) / "validation.arrow")
-    if not everything:
-        raise ValueError(f"{recipe.data.prepared} has no validation split; set data.split or data.validation_source, and prepare it again")
+    console.quiet = not accelerator.is_main_process
+    with together(accelerator):
+        subject = subject_of(target, overrides, adapter, model, chat)
+        recipe = subject.recipe
+        manifest = dataset.load_manifest(recipe)
+        everything = dataset.read_conversations(Path(recipe.data.prepared) / "validation.arrow")
+        if not everything:
+            raise ValueError(
+                f"{recipe.data.prepared} has no validation split; set data.split or data.validation_source, and prepare it again"
+            )
+        ours, of_base = renderers_of(subject, manifest)
+        found, cut = what_fits(everything, [ours, *of_base.values()], recipe.data.max_length)
+        columns = columns_of(subject, dtype, ours, of_base)
 
-    ours, of_base = renderers_of(subject, manifest)
-    found, cut = what_fits(everything, [ours, *of_base.values()], recipe.data.max_length)
     scores: Scores = {}
     left_out = []
-    columns = columns_of(subject, dtype, ours, of_base)
     for column in columns:
         answers, why = scores_or_reason(column, subject, found, accelerator, dtype)
         for name, of_format in answers.items():
             scores.setdefault(name, {})[column.name] = of_format
         if why:
             left_out.append({"column": column.name, "why": why})
-    if not scores:
-        raise ValueError(f"there is nothing to report: {'; '.join(left['why'] for left in left_out)}")
 
-    report = {
-        **compare(scores, {c.name: c.label for c in columns}, subject.format, recipe.evaluation.bootstrap_samples),
-        "left_out": left_out,
-        **describe_data(recipe, manifest, found, cut),
-        "chosen_by": subject.chosen_by,
-        "made_by": {**versions(), "precision": str(dtype).removeprefix("torch."), **hardware(accelerator.device)},
-    }
+    with together(accelerator):
+        if not scores:
+            raise ValueError(f"there is nothing to report: {'; '.join(left['why'] for left in left_out)}")
+        if accelerator.is_main_process:
+            report = {
+                **compare(scores, {c.name: c.label for c in columns}, subject.format, recipe.evaluation.bootstrap_samples),
+                "left_out": left_out,
+                **describe_data(recipe, manifest, found, cut),
+                "chosen_by": subject.chosen_by,
+                "made_by": {**versions(), "precision": str(dtype).removeprefix("torch."), **hardware(accelerator.device)},
+            }
+            write_and_show(report, subject)
+
+
+def write_and_show(report: dict[str, Any], subject: Subject) -> None:
+    """report.md, report.json and what stands on the console."""
     paths = [subject.folder / f"{subject.report}.{ending}" for ending in ("md", "json")]
     write_text(paths[0], markdown(report))
     write_json(paths[1], report)
     console.print(result_table(report))
-    for line in (headline(report), *left_out_lines(report), *([cut_line(report)] if cut.answers else [])):
+    for line in (headline(report), *left_out_lines(report), *([cut_line(report)] if report["cut"]["answers"] else [])):
         say(line)
     say(f"wrote {paths[0]} and {paths[1]}")
 
@@ -95,47 +113,75 @@ def what_fits(everything: Sequence[Any], renderers: Sequence[Renderer], window: 
 def scores_or_reason(
     column: Column, subject: Subject, found: Sequence[Excerpt], accelerator: Accelerator, dtype: torch.dtype
 ) -> tuple[dict[str, list[AnswerScore]], str]:
-    """Scores by format, or why a base has none: it is too large for the GPU. Raises ValueError if that is the adapter."""
+    """Scores by format, or why a base has none: it is too large for the GPU, or not at hand. The same on all ranks.
+
+    Raises ValueError if it is the adapter that is too large.
+    """
+    why = f"{column.label}: {column.missing}"
     try:
-        return scores_of(column, subject, found, accelerator, dtype), ""
+        if not any(gathered(accelerator, bool(column.missing))):
+            return scores_of(column, subject, found, accelerator, dtype), ""
     except torch.OutOfMemoryError:
         why = f"{column.label}: {column.model.base} does not fit into the memory of the {accelerator.device.type} device"
     finally:
         release_memory()
     if column.name == "adapter":
-        raise ValueError(f"{why}, even one row at a time; use a larger GPU, model.quantization: nf4 or a smaller data.max_length")
+        with together(accelerator):
+            raise ValueError(f"{why}, even one row at a time; use a larger GPU, model.quantization: nf4 or a smaller data.max_length")
     return {}, why
 
 
 def scores_of(
     column: Column, subject: Subject, found: Sequence[Excerpt], accelerator: Accelerator, dtype: torch.dtype
 ) -> dict[str, list[AnswerScore]]:
-    """Scores by format, from the files of an earlier call where there are any."""
-    window = subject.recipe.data.max_length
+    """Scores by format, the same on all ranks, from the files of an earlier call where there are any."""
+    files, scores = {}, {}
+    with together(accelerator):
+        if accelerator.is_main_process:  # it alone looks: all must know the same of them
+            files = score_files(column, subject, found, dtype)
+            scores = {name: [AnswerScore(**values) for values in read_json(path)] for name, path in files.items() if path.is_file()}
+    scores = gathered(accelerator, scores)[0]
+    missing = [name for name in column.renderers if name not in scores]
+    if missing:
+        with taking_turns(accelerator):
+            net = load_column(column, accelerator.device, dtype)
+            limit = limit_for(accelerator.device.type, load_config(column.model).get_text_config().vocab_size)
+    for name in missing:
+        progress = partial(bar, label=f"{column.label}, {name}")
+        with autocast(accelerator.device, dtype):
+            scores[name] = score_within_memory(
+                net, column.renderers[name], found, subject.recipe.data.max_length, limit, progress, accelerator
+            )
+        with together(accelerator):
+            if accelerator.is_main_process:
+                write_json(files[name], [asdict(s) for s in scores[name]])
+    return {name: scores[name] for name in column.renderers}
+
+
+def score_files(column: Column, subject: Subject, found: Sequence[Excerpt], dtype: torch.dtype) -> dict[str, Path]:
+    """By format: where the scores of this column are kept, under a name that holds everything that they were made from."""
     made_from = {
         "model": base_fingerprint(column.model),
-        "quantization": [column.model.quantization, column.model.double_quantization],
+        "quantization": [column.model.quantization, column.model.double_quantization, quantized_from(column.model, dtype)],
         "adapter": fingerprint_of(column.adapter),
         "precision": str(dtype),
-        "window": window,
+        "window": subject.recipe.data.max_length,
         "conversations": hash_of([[e.answers_before, dataset.conversation_record(e.conversation)] for e in found]),
         "versions": versions(),
     }
-    scores, net = {}, None
+    files = {}
     for name, renderer in column.renderers.items():
         key = hash_of({**made_from, "chat": renderer.chat.model_dump(), "tokenizer": tokenizer_hash(renderer.tokenizer)})[:16]
-        kept = subject.folder / "evaluation" / f"{column.name}-{name}-{key}.json"
-        if kept.is_file():
-            scores[name] = [AnswerScore(**values) for values in read_json(kept)]
-            continue
-        if net is None:
-            net = load_column(column, accelerator.device, dtype)
-            limit = limit_for(accelerator.device.type, load_config(column.model).get_text_config().vocab_size)
-        with accelerator.autocast():
-            label = f"{column.label}, {name}"
-            scores[name] = score_within_memory(net, renderer, found, window, limit, lambda batches, label=label: bar(batches, label))
-        write_json(kept, [asdict(s) for s in scores[name]])
-    return scores
+        files[name] = subject.folder / "evaluation" / f"{column.name}-{name}-{key}.json"
+    return files
+
+
+def quantized_from(model: Model, dtype: torch.dtype) -> str | None:
+    """The type that the weights had when they were quantised: this run's, if it quantises them itself."""
+    if model.quantization == "none":
+        return None
+    record = record_of(model.base)
+    return record["precision"] if record else str(dtype).removeprefix("torch.")
 
 
 def load_column(column: Column, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -163,6 +209,12 @@ def bar(batches: Sequence[Any], label: str) -> Any:
     return track(batches, description=f"scoring {label}", console=console, transient=True, disable=not console.is_terminal)
 
 
+def end_at_once(*_: object) -> None:
+    """As SIGTERM does by itself, but clearing away the file that was being written."""
+    say("stopped; the same command goes on, and keeps the scores of the models and formats that are done")
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
     parser = parser_for(__doc__)
     parser.add_argument("target", type=Path, help="a recipe's YAML file or a run's folder")
@@ -171,4 +223,5 @@ if __name__ == "__main__":
     parser.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
     parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
     args = parser.parse_intermixed_args()
-    with_clear_errors(lambda: run(subject_of(args.target, args.overrides, args.adapter, args.model, args.format)), debug=args.debug)
+    signal.signal(signal.SIGTERM, end_at_once)
+    with_clear_errors(lambda: run(args.target, args.overrides, args.adapter, args.model, args.format), debug=args.debug)

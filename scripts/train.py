@@ -18,29 +18,36 @@ from pathlib import Path
 
 import torch
 
-from qlora_suite import dataset, optimizer, run_folder
+from qlora_suite import compatibility, dataset, optimizer, run_folder
+from qlora_suite.adapter import size
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import main
-from qlora_suite.engine import Engine, seed_for
+from qlora_suite.engine import engine_for, name_of, seed_for
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import check_dev_rows, dev_loss
 from qlora_suite.generation import preview
 from qlora_suite.loss import collate, summed_loss
 from qlora_suite.micro_batch import choose, set_checkpointing
 from qlora_suite.preemption import StopRequest
+from qlora_suite.ranks import taking_turns
 from qlora_suite.recipe import Recipe
 from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.schedule import lr_at
 from qlora_suite.tracking import StepBar, peak_memory_gib, say
 from qlora_suite.trainable import build_model
+from qlora_suite.watchdog import Watchdog, process_group_timeout, set_timeout_of_every_group
 
 
 def train(recipe: Recipe) -> None:
-    accelerator, dtype = start_engine(recipe.tracking.trackers, recipe.output.dir)
+    hung_after = recipe.stop.hung_after_minutes
+    accelerator, dtype = start_engine(recipe.tracking.trackers, recipe.output.dir, process_group_timeout(hung_after))
     say_once = say if accelerator.is_main_process else lambda _: None
-    stop = StopRequest()
+    stop = StopRequest(Path(recipe.output.dir))
     began = time.monotonic()
+
+    compatibility.check(recipe, name_of(accelerator))
+    sharded = name_of(accelerator) == compatibility.FSDP2
 
     # ---- data: prepared once by scripts/prepare_data.py; here only read ---------------------------------------------------
     manifest = dataset.load_manifest(recipe)
@@ -58,7 +65,10 @@ def train(recipe: Recipe) -> None:
     num_steps = order.num_steps
     check_dev_rows(recipe.evaluation, len(dev))
 
-    with run_folder.open_run(recipe, accelerator, num_steps) as run:
+    with (
+        run_folder.open_run(recipe, accelerator, num_steps) as run,
+        Watchdog(run.path, accelerator.process_index, hung_after * 60, accelerator.num_processes) as watch,
+    ):
         identity = run_folder.identity(recipe, manifest)
         if run.finished:
             run.check_finished(identity)
@@ -68,11 +78,14 @@ def train(recipe: Recipe) -> None:
         # ---- model, adapter, optimiser; then whatever a checkpoint knows better ---------------------------------------------
         tokenizer = run_folder.prepared_tokenizer(folder)
         renderer = Renderer(tokenizer, recipe.chat, RoleMarkers.from_json(manifest["role_markers"]))
-        net, base = build_model(recipe, manifest, dtype, accelerator.device)
-        opt = optimizer.build(net, recipe.optim)
-        state = run.resume(net, opt, identity)
-        engine = Engine(accelerator, net, opt, dtype, recipe.optim.max_grad_norm)
-        engine.load_state(state.scaler)
+        with watch.allow("loading the base", minutes=hung_after * accelerator.num_processes):
+            with taking_turns(accelerator):  # eight processes of a machine do not need eight copies in its memory
+                net, base = build_model(recipe, manifest, dtype, accelerator.device, sharded)
+            state = run.resume(net, identity)
+            sizes, moments = size(net), optimizer.state_bytes(net)  # an engine may shard what is counted here
+            engine = engine_for(accelerator, net, optimizer.build(net, recipe.optim), dtype, recipe.optim.max_grad_norm)
+            run.resume_engine(engine, state)
+        set_timeout_of_every_group(process_group_timeout(hung_after))  # engines make groups of their own
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
         def backward_of(row_numbers: list[int], num_tokens: int, last: bool) -> torch.Tensor:
@@ -83,16 +96,33 @@ def train(recipe: Recipe) -> None:
                 engine.backward(loss_sum, num_tokens)
             return loss_sum.detach()
 
-        def trial(size: int, checkpointing: bool) -> None:
+        def trial(num_rows: int, checkpointing: bool) -> None:
             """Does this micro-batch fit? Tried on the longest rows with every token supervised: no later step can be worse."""
+            watch.beat(f"the trial of {num_rows} rows")
             set_checkpointing(base, checkpointing)
-            batch = collate([rows[r] for r in rows.lengths.argsort()[::-1][:size]], pad_id).to(accelerator.device)
+            batch = collate([rows[r] for r in rows.lengths.argsort()[::-1][:num_rows]], pad_id).to(accelerator.device)
             try:
                 # through the same engine as a step; `base` is the model inside `net`, which knows how to recompute its layers
                 with engine.accumulate(last=False):  # a rank that runs out of memory must not leave others waiting for its gradients
                     engine.backward(summed_loss(engine.model, replace(batch, supervised=batch.position_ids > 0)), num_tokens=1)
             finally:
-                opt.zero_grad(set_to_none=True)
+                engine.discard_gradients()
+
+        def look_around() -> None:
+            """Evaluation and previews where they are due: none of it changes the curve. A request to stop cuts them short, and the
+            resumed run makes up for it.
+            """
+
+            def asked() -> bool:  # at each batch of the evaluation and each token of a preview
+                watch.beat(f"evaluation or previews at step {state.step}")
+                return stop.asked()
+
+            if run.evaluation_due(state):
+                loss = dev_loss(engine, dev, pad_id, limit, recipe.evaluation.budget_tokens, lambda: engine.any_rank(asked()))
+                if loss is not None:
+                    run.add_dev_loss(state, loss)
+            if run.preview_due(state, engine):
+                run.add_preview(state.step, preview(engine, renderer, recipe.previews, asked))
 
         net.train()
         per_rank = recipe.train.rows_per_step // accelerator.num_processes
@@ -102,21 +132,14 @@ def train(recipe: Recipe) -> None:
             checkpointing, limit = kept.pop("checkpointing"), Limit(**kept)
         else:
             limit, checkpointing = choose(
-                recipe.train,
-                per_rank,
-                int(rows.lengths.max()),
-                accelerator.device,
-                trial,
-                engine.min_over_ranks,
-                optimizer.state_bytes(net),
+                recipe.train, per_rank, int(rows.lengths.max()), accelerator.device, trial, engine.min_over_ranks, moments
             )
         state.micro_batch = {**asdict(limit), "checkpointing": checkpointing}
         set_checkpointing(base, checkpointing)
-        run.describe(manifest, net, dtype, order, limit=limit, checkpointing=checkpointing)
+        run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing)
 
         # ---- the loop -------------------------------------------------------------------------------------------------------
-        if state.step == 0:
-            run.add_preview(0, preview(net, renderer, recipe.previews, accelerator))
+        look_around()
         outcome, last_save = run.reason_to_stop_early(state), time.monotonic()
         with StepBar("training", num_steps, state.step, visible=accelerator.is_main_process) as bar:
             for step in range(state.step, num_steps if not outcome else state.step):
@@ -127,12 +150,13 @@ def train(recipe: Recipe) -> None:
 
                 loss_sum = torch.zeros((), device=accelerator.device)
                 for i, row_numbers in enumerate(micro):
+                    watch.beat(f"step {step + 1}, micro-batch {i + 1}")
                     seed_for(recipe.seed, step, i, accelerator.process_index)
                     loss_sum += backward_of(row_numbers, num_tokens, last=i == len(micro) - 1)
 
-                for group in opt.param_groups:
-                    group["lr"] = lr_at(step, recipe.optim, num_steps)
                 # the gradient was divided by num_tokens in engine.backward; engine.step clips, applies and clears it
+                learning_rate = lr_at(step, recipe.optim, num_steps)
+                engine.set_lr(learning_rate)
                 loss = engine.sum_over_ranks(loss_sum.item())[0] / num_tokens
                 grad_norm, applied = engine.step(loss)
 
@@ -145,7 +169,7 @@ def train(recipe: Recipe) -> None:
                 run.add_metrics(
                     step=state.step,
                     loss=loss,
-                    learning_rate=opt.param_groups[0]["lr"],
+                    learning_rate=learning_rate,
                     grad_norm=grad_norm,
                     applied=applied,
                     skipped_steps=state.skipped_steps,
@@ -156,26 +180,20 @@ def train(recipe: Recipe) -> None:
                     **({} if applied else {"rows": step_rows}),
                 )
                 bar.advance(state.step, f"loss {loss:.3f}  {state.tokens / state.seconds:,.0f} tokens/s")
-
-                # ---- what happens beside learning: none of it changes the curve ---------------------------------------------
-                last = state.step == num_steps
                 if not applied:
                     engine.check_nonfinite(state.skipped_in_a_row, recipe.train.max_nonfinite_steps, step_rows)
-                every = recipe.evaluation.every_steps
-                if every and (last or state.step % every == 0):
-                    run.add_dev_loss(state, dev_loss(engine, dev, pad_id, limit, recipe.evaluation.budget_tokens))
-                if last or state.step % recipe.previews.every_steps == 0:
-                    run.add_preview(state.step, preview(net, renderer, recipe.previews, accelerator))
 
-                outcome = run.reason_to_stop(state, engine, stop, time.monotonic() - began)
+                look_around()
+                outcome, last = run.reason_to_stop(state, engine, stop, time.monotonic() - began), state.step == num_steps
                 if last or outcome or run.time_to_save(state, time.monotonic() - last_save, engine):
-                    state.scaler = engine.state()
-                    if run.save(state, net, opt, tokenizer, required=last or bool(outcome)):
-                        last_save = time.monotonic()
+                    with watch.allow(f"saving step {state.step}"):
+                        saved = run.save(state, net, engine, tokenizer, required=last or bool(outcome))
+                    last_save = time.monotonic() if saved else last_save
                 if outcome:
                     break
 
-        run.end(state, net, tokenizer, outcome)
+        with watch.allow("writing the result"):
+            run.end(state, net, tokenizer, outcome, stop)
 
 
 if __name__ == "__main__":

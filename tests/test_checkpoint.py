@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import write_recipe
 from in_process import metrics, prepared, train
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from qlora_suite import checkpoint, optimizer
 from qlora_suite.checkpoint import State
+from qlora_suite.engine import Engine
 from qlora_suite.recipe import Optim
 
 KEPT = re.compile(r"(\.safetensors|\.json|\.yaml|\.jinja|/merges\.txt|/README\.md)$")
@@ -57,12 +59,22 @@ def opt(model: PeftModel) -> torch.optim.Optimizer:
     return opt
 
 
+def engine_of(model: nn.Module, opt: torch.optim.Optimizer) -> Engine:
+    return Engine(Accelerator(cpu=True), model, opt, torch.float32, max_grad_norm=1.0)
+
+
+def trained(model: nn.Module, opt: torch.optim.Optimizer) -> checkpoint.Trained:
+    return checkpoint.trained(model, engine_of(model, opt))
+
+
 Save = Callable[[int], Path]
 
 
 @pytest.fixture
 def save(tmp_path: Path, model: PeftModel, opt: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase) -> Save:
-    return lambda step: checkpoint.save(tmp_path, State(step=step), model, opt, tokenizer, "seed: 0\n", ("some/base", None))
+    return lambda step: checkpoint.save(
+        tmp_path, State(step=step), model, trained(model, opt), tokenizer, "seed: 0\n", ("some/base", None)
+    )
 
 
 def names(folder: Path) -> list[str]:
@@ -294,28 +306,33 @@ def test_saved_weights_are_looked_at_again(
     save: Save, model: PeftModel, spoil: Callable[[dict[str, Tensor]], None], complaint: str | None
 ) -> None:
     path = save(1) / checkpoint.ADAPTER
-    tensors = load_file(path)
+    tensors, expected = load_file(path), load_file(path)
     spoil(tensors)
     save_file(tensors, path)
     if complaint is None:
-        checkpoint.check_weights(path, model, trained=True)
+        checkpoint.check_weights(path, expected, trained=True)
     else:
         with pytest.raises(RuntimeError, match=complaint):
-            checkpoint.check_weights(path, model, trained=True)
+            checkpoint.check_weights(path, expected, trained=True)
 
 
 def test_an_untrained_adapter_may_be_zero(model: PeftModel, tmp_path: Path) -> None:
-    checkpoint.write_adapter(model, tmp_path, "base", None)
-    checkpoint.check_weights(tmp_path / checkpoint.ADAPTER, model, trained=False)
+    name, tensors = checkpoint.in_file(model, dict(model.named_parameters()))
+    save_file(tensors, tmp_path / name)
+    checkpoint.check_weights(tmp_path / name, tensors, trained=False)
     with pytest.raises(RuntimeError, match="lora_B"):
-        checkpoint.check_weights(tmp_path / checkpoint.ADAPTER, model, trained=True)
+        checkpoint.check_weights(tmp_path / name, tensors, trained=True)
 
 
 # --- the optimiser
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def whole_state(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, object]:
-    tensors, numbers = optimizer.state_tensors(opt, model)
+    tensors, numbers = optimizer.state_tensors(opt, trainable(model))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     return {**{f"state {k}": v.clone() for k, v in tensors.items()}, **numbers, **weights}
 
@@ -348,13 +365,15 @@ def test_weights_and_optimiser_come_back_bit_by_bit(
     model, opt = fresh(0)
     for step in (1, 2):
         learn(model, opt, step)
-    tensors = optimizer.state_tensors(opt, model)[0].values()
+    tensors = optimizer.state_tensors(opt, trainable(model))[0].values()
     assert any(t.dtype == torch.uint8 for t in tensors) == name.endswith("8bit"), "the states are not of the kind that was asked for"
-    saved = checkpoint.save(tmp_path, State(step=2, tokens=64), model, opt, tokenizer, "", ("base", None))
+    saved = checkpoint.save(tmp_path, State(step=2, tokens=64), model, trained(model, opt), tokenizer, "", ("base", None))
 
     other, other_opt = fresh(1)
     learn(other, other_opt, 9)
-    state = checkpoint.restore(saved, other, other_opt)
+    checkpoint.load_weights(saved, other)
+    checkpoint.restore_optimizer(saved, engine_of(other, other_opt))
+    state = checkpoint.read_state(saved)
     assert (state.step, state.tokens) == (2, 64)
     assert_equal(whole_state(model, opt), whole_state(other, other_opt))
     for net, o in ((model, opt), (other, other_opt)):

@@ -281,7 +281,7 @@ print("imported:", sorted(name for name in sys.modules if name.partition(".")[0]
     assert done.stdout.splitlines()[-1] == "imported: []"
 
 
-def test_a_run_whose_launcher_dies_is_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_launcher_dies_is_asked_to_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`accelerate launch` does not pass every signal on; a run started by hand may outlive its shell."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -290,7 +290,7 @@ def test_a_run_whose_launcher_dies_is_asked_to_stop(monkeypatch: pytest.MonkeyPa
                 monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
             else:
                 monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-            request = StopRequest()
+            request = StopRequest(tmp_path)
             assert not request.asked()
             with monkeypatch.context() as patch:
                 patch.setattr("os.getppid", lambda: 1)

@@ -43,7 +43,7 @@ CURVE = _words("""
 FREE = _words("""
     data.prepared
     train.micro_batch train.gradient_checkpointing train.max_nonfinite_steps
-    stop.after_minutes
+    stop.after_minutes stop.hung_after_minutes
     evaluation.every_steps evaluation.budget_tokens evaluation.patience evaluation.bootstrap_samples
     previews.prompts previews.every_steps previews.max_new_tokens
     checkpoints.every_steps checkpoints.every_minutes checkpoints.keep

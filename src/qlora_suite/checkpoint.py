@@ -11,6 +11,8 @@
       step-000300/
       step-000100.corrupt/                                did not verify: set aside, never deleted
 
+What stands in it does not depend on the engine that trained it (one process, DDP, ZeRO, FSDP2): whole tensors by name.
+
 A checkpoint is written under a temporary name, flushed, renamed, and read back; only then are older ones pruned. No pickle.
 Dropout is a function of (seed, step), so the step is the whole random state.
 """
@@ -32,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from qlora_suite import optimizer as optimizers
+from qlora_suite.engine import Engine
 from qlora_suite.files import complaint_about, file_table, flush, read_json, write_json
 
 FORMAT_VERSION = 1
@@ -57,6 +59,10 @@ class State:
     best: dict[str, float] | None = None
     """`step` and `loss` (nats a token) of the best evaluation on the development split."""
     evaluations_without_gain: int = 0
+    evaluated: int = 0
+    """The step of the last whole evaluation on the development split: one that a request interrupts is made up for."""
+    processes: int = 0
+    """How many there were when this was saved."""
     micro_batch: dict[str, Any] | None = None
     """`rows`, `tokens` and `checkpointing` of a forward pass, as found by trial."""
     identity: dict[str, Any] = field(default_factory=dict)
@@ -84,34 +90,52 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def trained_weights(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """File name and tensors of what was trained: PEFT's layout for an adapter, else every trainable parameter by name."""
+@dataclass(frozen=True)
+class Trained:
+    """What a run has learnt, whole and on the CPU, whichever engine learnt it."""
+
+    file: str
+    """ADAPTER or WEIGHTS: where the weights go."""
+    weights: dict[str, Tensor]
+    """By their names in that file."""
+    optimizer: dict[str, Tensor]
+    """`parameter:key`"""
+    optimizer_numbers: dict[str, Any]
+
+
+def trained(model: nn.Module, engine: Engine) -> Trained:
+    """Collect what `model` has learnt under its engine. All ranks must call it."""
+    parameters = engine.full_parameters()
+    tensors, numbers = engine.optimizer_state()
+    file, weights = in_file(model, parameters)
+    return Trained(file, weights, tensors, numbers)
+
+
+def in_file(model: nn.Module, parameters: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The trained parameters by their names in a file, and the file's name: PEFT's layout for an adapter."""
     if isinstance(model, PeftModel):
-        return ADAPTER, get_peft_model_state_dict(model, save_embedding_layers=False)
-    return WEIGHTS, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        return ADAPTER, get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
+    return WEIGHTS, parameters
 
 
-def write_adapter(model: PeftModel, folder: Path, base: str, revision: str | None) -> None:
-    """The adapter in PEFT's layout, readable by plain PEFT."""
-    name, tensors = trained_weights(model)
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / name, metadata={"format": "pt"})
+def write_adapter_config(model: PeftModel, folder: Path, base: str, revision: str | None) -> None:
+    """What plain PEFT reads beside the weights."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
     config.save_pretrained(folder)
     config.inference_mode = False
 
 
-def check_weights(path: Path, model: nn.Module, trained: bool) -> None:
+def check_weights(path: Path, expected: Mapping[str, Tensor], trained: bool) -> None:
     """Reopen saved weights. Raises RuntimeError unless they are complete, finite and (once trained) not all zero in lora_B.
 
     Empty adapters were saved for years by people who did not look.
     """
-    expected = trained_weights(model)[1]
     found = load_file(path)
     if found.keys() != expected.keys():
         raise RuntimeError(f"{path} was saved without {sorted(expected.keys() ^ found.keys())[:5]}")
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape or not tensor.isfinite().all():
+        if tensor.numel() == 0 or tensor.shape != expected[name].shape or not tensor.isfinite().all():
             raise RuntimeError(f"{path}: {name} was saved with shape {tuple(tensor.shape)} or with values that are not finite")
     halves = [tensor for name, tensor in found.items() if "lora_B" in name]
     if trained and halves and not any(tensor.any() for tensor in halves):
@@ -122,7 +146,7 @@ def save(
     folder: Path,
     state: State,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learnt: Trained,
     tokenizer: PreTrainedTokenizerBase,
     recipe_yaml: str,
     base: tuple[str, str | None],
@@ -138,15 +162,12 @@ def save(
     aside.mkdir()
     try:
         if isinstance(model, PeftModel):
-            write_adapter(model, aside, *base)
-        else:
-            name, tensors = trained_weights(model)
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, aside / name)
-        check_weights(aside / trained_weights(model)[0], model, trained=state.step > state.skipped_steps)
-        tensors, numbers = optimizers.state_tensors(optimizer, model)
-        save_file(tensors, aside / "optimizer.safetensors")
+            write_adapter_config(model, aside, *base)
+        save_file({k: v.contiguous() for k, v in learnt.weights.items()}, aside / learnt.file, metadata={"format": "pt"})
+        check_weights(aside / learnt.file, learnt.weights, trained=state.step > state.skipped_steps)
+        save_file(learnt.optimizer, aside / "optimizer.safetensors")
         tokenizer.save_pretrained(aside)
-        write_json(aside / "state.json", {**asdict(state), "optimizer_numbers": numbers})
+        write_json(aside / "state.json", {**asdict(state), "optimizer_numbers": learnt.optimizer_numbers})
         (aside / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         seal(aside)
         if final.exists():  # it is there but did not verify
@@ -246,18 +267,14 @@ def read_state(folder: Path) -> State:
     return State(**{key: value for key, value in values.items() if key in known})
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> State:
-    """Load weights and (if given) optimiser state from a verified checkpoint."""
-    state = read_state(folder)
-    load_weights(folder, model)
-    if optimizer is not None:
-        optimizers.restore_state(optimizer, model, load_file(folder / "optimizer.safetensors"), state.optimizer_numbers)
-    return state
+def restore_optimizer(folder: Path, engine: Engine) -> None:
+    """Give a verified checkpoint's optimiser state to an engine."""
+    engine.load_optimizer_state(load_file(folder / "optimizer.safetensors"), read_state(folder).optimizer_numbers)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Load trained weights into a model of the same shape. Raises ValueError if they do not fit it."""
-    name, expected = trained_weights(model)
+    """Load trained weights into a model of the same shape, before an engine shards it. Raises ValueError if they do not fit it."""
+    name, expected = in_file(model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
     tensors = load_file(folder / name)
     wrong = sorted(
         k for k in expected.keys() | tensors.keys() if k not in expected or k not in tensors or expected[k].shape != tensors[k].shape

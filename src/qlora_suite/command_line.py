@@ -6,8 +6,11 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import torch.distributed
+
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
+from qlora_suite.watchdog import LostPeerError, exit_at_once_on_errors, explain_lost_peers
 
 
 def main(run: Callable[[Recipe], None], doc: str) -> None:
@@ -16,7 +19,8 @@ def main(run: Callable[[Recipe], None], doc: str) -> None:
     parser.add_argument("recipe", help="a recipe's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.learning_rate=1e-4")
     args = parser.parse_intermixed_args()
-    with_clear_errors(lambda: run(load(args.recipe, args.overrides)), debug=args.debug)
+    with exit_at_once_on_errors():
+        with_clear_errors(lambda: run(load(args.recipe, args.overrides)), debug=args.debug)
 
 
 def parser_for(doc: str) -> argparse.ArgumentParser:
@@ -32,8 +36,11 @@ def with_clear_errors(run: Callable[[], None], debug: bool) -> None:
     """
     quiet_libraries()
     try:
-        run()
-    except (ValueError, OSError) as error:
+        with explain_lost_peers():
+            run()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except (ValueError, OSError, LostPeerError) as error:
         if debug:
             raise
         sys.stderr.write(f"error: {error} (--debug shows where)\n")
@@ -47,7 +54,8 @@ def quiet_libraries() -> None:
     """Silence what libraries say that is no news to a person who runs these scripts."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for module in ("transformers", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -1,66 +1,107 @@
-"""What differs between one device and several when gradients are made, exchanged and applied.
+"""The engines: what differs between one process, DDP, DeepSpeed ZeRO and FSDP2 when gradients are made, exchanged and applied, and
+when what is sharded has to be put together for saving.
 
-engine = Engine(accelerator, model, optimizer, dtype, max_grad_norm=1.0)
-with engine.accumulate(last=...):                 # gradients are exchanged once a step
-    engine.backward(loss_sum, num_tokens)         # loss of the step = sum over all ranks / supervised tokens of the step
-grad_norm, applied = engine.step(loss)
+    accelerator, dtype = start(...)               # what `accelerate launch` described
+    engine = engine_for(accelerator, model, optimizer, dtype, max_grad_norm=1.0)
+    with engine.accumulate(last=...):             # gradients are exchanged once a step
+        engine.backward(loss_sum, num_tokens)     # loss of the step = sum over all ranks / supervised tokens of the step
+    grad_norm, applied = engine.step(loss)
+    engine.full_parameters(), engine.optimizer_state()    # whole tensors by name, whatever the sharding
+
+To add an engine: a subclass of `Engine` below with what it does otherwise, an entry in `engine_for`, a file in accelerate_configs/.
+
+Precision is one and the same everywhere: trained weights, their gradients and the optimiser are fp32, the forward pass runs under
+torch's autocast, and no engine is asked to cast anything. Accelerate's and DeepSpeed's own bf16 and fp16 modes round the trained
+weights (DeepSpeed) or the gradients' sums (FSDP2) to 16 bits.
 """
 
 import contextlib
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from qlora_suite import compatibility
+from qlora_suite import optimizer as optimizers
 from qlora_suite.model import compute_dtype
+from qlora_suite.sharding import whole
 
 SCALE_SEARCH_STEPS = 16
 """The scale starts at 65,536 = 2^16 and halves at each overflow."""
 TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Where a tracker's package is not called as the tracker."""
 TRUE = ("true", "1", "yes")
-MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 
-def start(trackers: Sequence[str] = (), folder: str | None = None) -> tuple[Accelerator, torch.dtype]:
-    """The accelerator that `accelerate launch` described, and the type to compute in. Trackers write to `folder`.
+# ---- starting -------------------------------------------------------------------------------------------------------------------
 
-    Raises ValueError if the environment asks for something that would change the arithmetic behind the recipe's back.
+
+def start(
+    trackers: Sequence[str] = (), folder: str | None = None, timeout: timedelta = COLLECTIVE_TIMEOUT
+) -> tuple[Accelerator, torch.dtype]:
+    """The accelerator that `accelerate launch` described, and the type to compute in. Trackers write to `folder`; a collective that
+    takes longer than `timeout` ends the run.
+
+    Raises ValueError if the environment asks for something that would change the arithmetic behind the recipe's back, or that the
+    engines here do not do.
     """
+    for tracker in trackers:
+        if not any(importlib.util.find_spec(package) for package in TRACKER_PACKAGES.get(tracker, (tracker,))):
+            raise ValueError(
+                f"tracking.trackers: {tracker} needs the package {TRACKER_PACKAGES.get(tracker, (tracker,))[0]}; pip install it"
+            )
+    _check_environment()
+    if torch.backends.mps.is_available():  # a Mac
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # bitsandbytes and our precision rule know CUDA and the CPU
+    # Accelerator() would read this by itself, but the state is made before it, to know the device that decides the precision
+    state = PartialState(cpu=_asks_for_cpu(), timeout=timeout)
+    _check_device(state.device)
+    _check_world(state)
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    accelerator = Accelerator(mixed_precision="no", log_with=list(trackers) or None, project_dir=folder)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _configure_deepspeed(accelerator)
+    return accelerator, _agreed(compute_dtype(state.device, asked), accelerator)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Compute in `dtype` what may be computed in it; nothing happens for fp32. A context manager and a decorator."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _asks_for_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
+
+
+def _check_environment() -> None:
+    """Raises ValueError for settings of the accelerate config that the recipe decides, or that no engine here can keep."""
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", "auto"):
         raise ValueError(
             f"the accelerate config sets gradient_accumulation_steps to {accumulation}; accumulation follows from train.rows_per_step, "
             "so remove it there"
         )
-    if torch.backends.mps.is_available():  # a Mac
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # bitsandbytes and our precision rule know CUDA and the CPU
-    for tracker in trackers:
-        if not any(importlib.util.find_spec(package) for package in TRACKER_PACKAGES.get(tracker, (tracker,))):
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE:
+        if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError(
-                f"tracking.trackers: {tracker} needs the package {TRACKER_PACKAGES.get(tracker, (tracker,))[0]}; pip install it"
+                "the accelerate config asks for FSDP1, which trains quantised weights wrongly without a word; set fsdp_version: 2, as "
+                "accelerate_configs/fsdp.yaml does"
             )
-    # Accelerator() would read this by itself, but the state is made before it, to know the device that decides the precision
-    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE)
-    _check_device(state.device)
-    asked_for = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != asked_for:
-        raise ValueError(
-            f"{asked_for} processes were launched but each found a world of {state.num_processes}, so all would train alone and overwrite "
-            "each other; check distributed_type in the accelerate config"
-        )
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in MIXED_PRECISION.values():
-        raise ValueError(f"mixed_precision: {asked} is not supported; use bf16, fp16 or no, which follows the hardware")
-    dtype = compute_dtype(state.device, asked)
-    return Accelerator(mixed_precision=MIXED_PRECISION[dtype], log_with=list(trackers) or None, project_dir=folder), dtype
+        if os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() in TRUE:
+            raise ValueError("fsdp_offload_params moves 4-bit weights in a way that they do not survive; remove it")
+        # Every rank loads the base itself, in turn; accelerate's way would leave all but the first with empty 4-bit weights.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def _check_device(device: torch.device) -> None:
@@ -77,29 +118,107 @@ def _check_device(device: torch.device) -> None:
         )
 
 
+def _check_world(state: PartialState) -> None:
+    """Raises ValueError if the processes that were launched did not find each other, or have to share a GPU."""
+    asked_for = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != asked_for:
+        raise ValueError(
+            f"{asked_for} processes were launched but each found a world of {state.num_processes}, so all would train alone and overwrite "
+            "each other; check distributed_type in the accelerate config"
+        )
+
+
+def _configure_deepspeed(accelerator: Accelerator) -> None:
+    """What DeepSpeed must know before it wraps a model. Raises ValueError for settings that would change the curve."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    # transformers would shard the base while loading it, before it is quantised, and PEFT would take the GPU's functions for granted
+    unset_hf_deepspeed_config()
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (2, 3):
+        raise ValueError(f"zero_stage is {zero['stage']}; use 2, 3, or accelerate_configs/ddp.yaml, which is stage 0")
+    for part in ("offload_optimizer", "offload_param"):
+        device = (zero.get(part) or {}).get("device", "none")
+        if device != "none":
+            raise ValueError(
+                f"the accelerate config sets {part}_device to {device}, which changes the optimiser's arithmetic; an adapter is "
+                "too small to gain from it: set it to none"
+            )
+    clipping = config.get("gradient_clipping", "auto")
+    if clipping not in ("auto", "none", None):
+        raise ValueError(f"the accelerate config sets gradient_clipping to {clipping}; the recipe's optim.max_grad_norm does; remove it")
+    config.update(gradient_accumulation_steps=1, train_micro_batch_size_per_gpu=1)  # micro-batches are marked by `accumulate`
+
+
+def _agreed(dtype: torch.dtype, accelerator: Accelerator) -> torch.dtype:
+    """One type for all ranks: where the cards differ, the oldest decides."""
+    by_age = [torch.float32, torch.bfloat16, torch.float16]  # an older card says fp16, a newer one bf16
+    mine = torch.tensor([by_age.index(dtype)], device=accelerator.device)
+    return by_age[int(accelerator.gather(mine).max())]
+
+
+def stand_in_for_gpus(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
+    """Let a config that is made for GPUs run on CPU processes over gloo. For scripts/verify.py and the tests alone, before `start`.
+
+    accelerate has no CPU path for DeepSpeed and FSDP2, but the libraries themselves do:
+    - DeepSpeed: its process group is made over gloo before anybody asks for NCCL. ACCELERATE_USE_CPU must not be set: with it
+      accelerate would run plain DDP without a word.
+    - FSDP2: processes of kind MULTI_CPU are declared MULTI_GPU, which is what the path to `fully_shard` asks for; all else follows
+      the device, which stays the CPU.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in TRUE:
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        PartialState(backend="gloo", timeout=timeout)
+        return
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    PartialState(cpu=True, timeout=timeout)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE:
+        PartialState._shared_state.update(distributed_type=DistributedType.MULTI_GPU, device=torch.device("cpu"))
+
+
+# ---- the engines ----------------------------------------------------------------------------------------------------------------
+
+
 class Engine:
-    """One process, or DDP. `model` is the module to call; `parameters` are the trained ones."""
+    """One process, or DDP: every rank holds all weights. The other engines override what they do otherwise."""
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, max_grad_norm: float
     ) -> None:
         self.accelerator = accelerator
-        self.unwrapped = model
-        """For evaluation and previews, where ranks may call it unequally often."""
-        self.model = accelerator.prepare_model(model)
-        self.optimizer = optimizer
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.name = name_of(accelerator)
+        self.dtype = dtype
         self.max_grad_norm = max_grad_norm
+        self.unwrapped = model
+        """For evaluation and previews."""
+        if dtype != torch.float32:
+            # Inside the forward pass: DeepSpeed turns off an autocast that was opened around it.
+            model.forward = autocast(accelerator.device, dtype)(model.forward)
         # accelerate has no scaler on a CPU, and `step_was_skipped` is wrong for fused AdamW: this one is ours.
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=dtype == torch.float16)
+        self.model, self.optimizer = self._wrap(model, optimizer)
+        """What to call in training, and what `step` applies."""
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def _wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return self.accelerator.prepare_model(model), optimizer
+
+    # -- a step
 
     def accumulate(self, last: bool) -> AbstractContextManager:
         """Around one forward and backward pass; all but the last of a step keep their gradients to themselves."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
-        """Add the gradient of `loss_sum / num_tokens` (tokens of the whole step, all ranks). DDP averages over ranks: undone here."""
+        """Add the gradient of `loss_sum / num_tokens` (tokens of the whole step, all ranks). The average over ranks is undone here."""
         self.scaler.scale(loss_sum * (self.accelerator.num_processes / num_tokens)).backward()
+
+    def set_lr(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
 
     def step(self, loss: float) -> tuple[float, bool]:
         """Clip, and apply unless the step's loss or a gradient is not finite (a loss of infinity can have finite gradients).
@@ -107,7 +226,7 @@ class Engine:
         Returns the norm before clipping and whether it was applied.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)).item()
         applied = math.isfinite(norm) and math.isfinite(loss)
         if applied:
             self.optimizer.step()
@@ -116,15 +235,37 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm, applied
 
+    def discard_gradients(self) -> None:
+        """Forget what `backward` has added, as if it had not run."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def check_nonfinite(self, in_a_row: int, limit: int, step_rows: Sequence[int]) -> None:
         """Raises ValueError after `limit` steps in a row that could not be applied. fp16 gets a few more, to find its scale."""
-        if self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+        if self.dtype == torch.float16 and self.loss_scale() >= 1:
             limit += SCALE_SEARCH_STEPS
         if in_a_row >= limit:
             raise ValueError(
                 f"the loss or the gradient was not finite in {in_a_row} steps in a row, last with rows {list(step_rows)}; none of them was "
                 "applied and the last checkpoint is good: lower optim.learning_rate, or look at these rows (metrics.jsonl names them all)"
             )
+
+    def loss_scale(self) -> float:
+        """What fp16 losses are multiplied by; 1 in other precisions."""
+        return self.scaler.get_scale()
+
+    # -- what is saved and restored
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Every trained parameter, whole, on the CPU, by its name in the unwrapped model. All ranks must call it."""
+        return {name: whole(p.detach()).cpu() for name, p in self.parameters.items()}
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors (whole, on the CPU) and plain numbers, as `name:key`; the same under every engine. All ranks must call it."""
+        return optimizers.state_tensors(self.optimizer, self.parameters)
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Put back what `optimizer_state` gave, under whichever engine it was."""
+        optimizers.restore_state(self.optimizer, self.parameters, tensors, numbers)
 
     def state(self) -> dict[str, Any]:
         """The fp16 scaler's state; empty in other precisions."""
@@ -133,6 +274,8 @@ class Engine:
     def load_state(self, state: Mapping[str, Any]) -> None:
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(state))
+
+    # -- what ranks tell each other
 
     def min_over_ranks(self, value: int) -> int:
         """The smallest of the processes' values."""
@@ -145,6 +288,164 @@ class Engine:
     def any_rank(self, flag: bool) -> bool:
         """The same answer on every rank: true if it is true on one."""
         return self.sum_over_ranks(float(flag))[0] > 0
+
+
+class FSDP2(Engine):
+    """Every weight is sharded over the ranks (as a DTensor) and gathered when its layer runs."""
+
+    def _wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        # Of a hook that an in-place operation on a layer's output would drop: the models here have none, as the tests' curves prove.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        wrapped, prepared = self.accelerator.prepare(model, optimizer)
+        register_fsdp_forward_method(wrapped, "generate")  # it calls the layers without passing through the root's forward
+        return wrapped, prepared.optimizer
+
+
+class Zero(Engine):
+    """DeepSpeed ZeRO: gradients and optimiser (stage 2), weights too (stage 3) are sharded over the ranks.
+
+    DeepSpeed runs the backward pass, averages, clips, skips non-finite steps and applies; it is told which micro-batch is a step's last.
+    """
+
+    def _wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        config["gradient_clipping"] = self.max_grad_norm
+        wrapped, _ = self.accelerator.prepare(model, optimizer)
+        wrapped = self.accelerator.deepspeed_engine_wrapped.engine
+        if wrapped.zero_optimization_partition_weights():
+            self._gather_token_rows(model)
+        if self.dtype == torch.float16:
+            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+            # As DeepSpeed's own fp16 mode would have, which also casts the trained weights to 16 bits.
+            wrapped.optimizer.loss_scaler = DynamicLossScaler(
+                self.scaler.get_scale(),
+                scale_window=self.scaler.get_growth_interval(),
+                min_scale=2.0**-16,
+                delayed_shift=1,
+                consecutive_hysteresis=False,
+                raise_error_at_min_scale=False,  # `check_nonfinite` says it better
+            )
+        return wrapped, wrapped.optimizer
+
+    @staticmethod
+    def _gather_token_rows(model: nn.Module) -> None:
+        """PEFT computes an embedding with trained rows from parameters of modules that it never calls, and ZeRO-3 gathers the parameters
+        of those that are called: it has to be told.
+        """
+        from deepspeed.runtime.zero import register_external_parameter
+        from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+        for module in model.modules():
+            if isinstance(module, TrainableTokensLayer):
+                for parameter in (*module.trainable_tokens_delta.values(), module.get_base_layer().weight):
+                    register_external_parameter(module, parameter)
+
+    def accumulate(self, last: bool) -> AbstractContextManager:
+        self.model.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
+        self.model.backward(loss_sum * (self.accelerator.num_processes / num_tokens))
+
+    def step(self, loss: float) -> tuple[float, bool]:
+        if not math.isfinite(loss):
+            self._poison()
+        self.model.step()
+        return float(self.model.get_global_grad_norm()), self.model.was_step_applied()
+
+    def discard_gradients(self) -> None:
+        before = self.state()
+        self._poison()
+        self.model.step()
+        self.load_state(before)  # a step that was not meant must not lower the loss scale
+
+    def _poison(self) -> None:
+        """Make DeepSpeed skip the step, and clear everything it keeps for it, in its own way."""
+        for gradients in self.optimizer.averaged_gradients.values():
+            for gradient in gradients or ():
+                gradient.fill_(math.nan)
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p).detach().cpu().reshape(shape_of(p)) for name, p in self.parameters.items()}
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        states = list(self.optimizer.optimizer.state.values())
+        if not states:  # no step has been applied yet
+            return {}, {}
+        tensors = {}
+        for name, p in self.parameters.items():
+            tensors[f"{name}:step"] = states[0]["step"].detach().cpu().clone()
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{name}:{key}"] = safe_get_full_optimizer_state(p, key).detach().cpu().reshape(shape_of(p)).clone()
+        return tensors, {}
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        assert not numbers, f"torch's AdamW keeps tensors alone, found {sorted(numbers)[:3]}"
+        if not tensors:
+            return
+        optimizers.check_names(tensors, self.parameters)
+        zero = self.optimizer
+        stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+        step = next(value for key, value in tensors.items() if key.endswith(":step"))
+        for flat in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
+            # AdamW makes its moments in the first step; they have to be there before they can be set
+            zero.optimizer.state[flat] = {
+                "step": step.clone().to(flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        if not stage3:
+            zero._lazy_init_hp_params_optimizer_state()
+        for name, p in self.parameters.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                safe_set_full_optimizer_state(p, tensors[f"{name}:{key}"].to(self.accelerator.device), key)
+
+    def loss_scale(self) -> float:
+        return float(self.optimizer.loss_scale)
+
+    def state(self) -> dict[str, Any]:
+        if self.dtype != torch.float16:
+            return {}
+        scaler = self.optimizer.loss_scaler  # in the words of torch's, so that a run can go on under another engine
+        good_steps = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+        return {**self.scaler.state_dict(), "scale": scaler.cur_scale, "_growth_tracker": good_steps}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        if state and self.dtype == torch.float16:
+            scaler = self.optimizer.loss_scaler
+            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state["scale"], state["_growth_tracker"], -1
+
+
+def name_of(accelerator: Accelerator) -> str:
+    """The engine that the accelerate config asked for, in compatibility.py's words."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return compatibility.FSDP2
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
+        return compatibility.ZERO3 if stage == 3 else compatibility.ZERO2
+    return compatibility.DDP if accelerator.num_processes > 1 else compatibility.ONE
+
+
+def engine_for(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, max_grad_norm: float
+) -> Engine:
+    """The engine that the accelerate config asked for, around a model whose weights are loaded and an optimiser that is new."""
+    kinds = {DistributedType.DEEPSPEED: Zero, DistributedType.FSDP: FSDP2}
+    return kinds.get(accelerator.distributed_type, Engine)(accelerator, model, optimizer, dtype, max_grad_norm)
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, which under ZeRO-3 holds nothing itself."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def seed_for(seed: int, *position: int) -> None:

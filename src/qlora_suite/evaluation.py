@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from qlora_suite import recipe
-from qlora_suite.batches import Limit
+from qlora_suite.batches import EMPTY, Limit, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import Rows
 from qlora_suite.engine import Engine
 from qlora_suite.loss import collate, summed_loss, token_losses
+from qlora_suite.ranks import gathered, together
 from qlora_suite.rendered import Rendered, shorten
 
 LN2 = math.log(2)
@@ -135,32 +137,43 @@ def score(
     window: int,
     limit: Limit,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    accelerator: Accelerator | None = None,
 ) -> list[AnswerScore]:
     """Every learnt answer of the excerpts, in their order. They must fit into the window; a plain text may be longer.
 
-    An excerpt is a row of its own, so that the result depends on neither packing nor batch size.
+    An excerpt is a row of its own, so that the result depends on neither packing nor batch size. With an `accelerator` of several
+    processes each scores a share, on a whole model of its own, and all return everything. Raises what `ranks.together` raises.
     """
     device = next(model.parameters()).device
-    pieces: list[tuple[int, Rendered]] = []
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    answers: dict[int, list[AnswerScore]] = {}
+    with together(accelerator):
+        pieces = _pieces(renderer, found, window)
+        lengths = [len(part.ids) for _, part in pieces]
+        mine = sorted(range(len(pieces)), key=lambda p: (-lengths[p], p))[rank::world]  # like lengths, so like work, for every rank
+        was_training = model.training
+        model.eval()
+        for batch in progress(limit.cut(mine, lengths)):
+            rows = [{"input_ids": pieces[p][1].ids, "supervised": pieces[p][1].supervised, "lengths": [lengths[p]]} for p in batch]
+            losses = token_losses(model, collate(rows, renderer.eos).to(device)).double().cpu().numpy()
+            ends = np.cumsum([sum(row["supervised"]) for row in rows])
+            for p, of_row in zip(batch, np.split(losses, ends[:-1]), strict=True):
+                i, part = pieces[p]
+                answers[p] = _answers(found[i], part, of_row)
+        model.train(was_training)
+    of_pieces = {p: scored for share in gathered(accelerator, answers) for p, scored in share.items()}
+    return _joined([answer for p in range(len(pieces)) for answer in of_pieces[p]])
+
+
+def _pieces(renderer: Renderer, found: Sequence[Excerpt], window: int) -> list[tuple[int, Rendered]]:
+    """(number of the excerpt, what goes through the model as one row), in order."""
+    pieces = []
     for i, excerpt in enumerate(found):
         rendered = renderer.render(excerpt.conversation)
         parts = shorten(rendered, window, "split").pieces if renderer.layout is None else [rendered]
         assert all(len(part.ids) <= window for part in parts), f"{excerpt.conversation.key} does not fit into {window} tokens"
         pieces += [(i, part) for part in parts]
-    lengths = [len(part.ids) for _, part in pieces]
-    order = sorted(range(len(pieces)), key=lambda p: (-lengths[p], p))
-    answers: list[list[AnswerScore]] = [[] for _ in pieces]
-    was_training = model.training
-    model.eval()
-    for batch in progress(limit.cut(order, lengths)):
-        rows = [{"input_ids": pieces[p][1].ids, "supervised": pieces[p][1].supervised, "lengths": [lengths[p]]} for p in batch]
-        losses = token_losses(model, collate(rows, renderer.eos).to(device)).double().cpu().numpy()
-        ends = np.cumsum([sum(row["supervised"]) for row in rows])
-        for p, of_row in zip(batch, np.split(losses, ends[:-1]), strict=True):
-            i, part = pieces[p]
-            answers[p] = _answers(found[i], part, of_row)
-    model.train(was_training)
-    return _joined([answer for of_piece in answers for answer in of_piece])
+    return pieces
 
 
 def score_within_memory(
@@ -170,11 +183,15 @@ def score_within_memory(
     window: int,
     limit: Limit,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    accelerator: Accelerator | None = None,
 ) -> list[AnswerScore]:
-    """`score`, with half as much at once each time that a GPU's memory is short. Raises OutOfMemoryError if one row is too much."""
+    """`score`, with half as much at once on all ranks each time that a GPU's memory is short on one.
+
+    Raises OutOfMemoryError if one row is too much.
+    """
     while True:
         with contextlib.suppress(torch.OutOfMemoryError):
-            return score(model, renderer, found, window, limit, progress)
+            return score(model, renderer, found, window, limit, progress, accelerator)
         release_memory()
         if limit.rows == 1:
             raise torch.OutOfMemoryError("one row at a time is too much")
@@ -235,25 +252,31 @@ def check_dev_rows(evaluation: recipe.Evaluation, num_rows: int) -> None:
 
 
 @torch.no_grad()
-def dev_loss(engine: Engine, rows: Rows, pad_id: int, limit: Limit, budget_tokens: int | None) -> float:
-    """Nats per supervised token of the development rows (there must be some), the first ones up to the budget, shared among the ranks.
+def dev_loss(
+    engine: Engine, rows: Rows, pad_id: int, limit: Limit, budget_tokens: int | None, stop: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Nats per supervised token of the development rows (there must be some), the first ones up to the budget, shared among the ranks;
+    None if `stop` (which all ranks agree on) says so on the way.
 
-    The module itself is called, not its wrapper: DDP sends buffers around in each forward pass, and ranks have unequally many.
+    Every rank runs the model equally often, on empty rows where it has no more: engines that shard weights gather them in each
+    forward pass. The module itself is called, not its wrapper: DDP would send buffers around.
     """
     assert len(rows) > 0, "see check_dev_rows"
     used = rows.lengths.cumsum() <= (budget_tokens or float("inf"))
-    chosen = list(range(max(1, int(used.sum()))))
-    mine = chosen[engine.accelerator.process_index :: engine.accelerator.num_processes]
-    model = engine.unwrapped
+    chosen = sorted(range(max(1, int(used.sum()))), key=lambda r: -rows.lengths[r])
+    model, accelerator = engine.unwrapped, engine.accelerator
     was_training = model.training
     model.eval()
     nats, tokens = 0.0, 0
-    with engine.accelerator.autocast():
-        for piece in limit.cut(sorted(mine, key=lambda r: -rows.lengths[r]), rows.lengths):
-            batch = collate([rows[r] for r in piece], pad_id).to(engine.accelerator.device)
+    try:
+        for piece in micro_batches(chosen, rows.lengths, limit, accelerator.process_index, accelerator.num_processes):
+            if stop():
+                return None
+            batch = collate([rows[r] if r != EMPTY else None for r in piece], pad_id).to(accelerator.device)
             nats += summed_loss(model, batch).double().item()
             tokens += int(batch.supervised.sum())
-    model.train(was_training)
+    finally:
+        model.train(was_training)
     nats, tokens = engine.sum_over_ranks(nats, tokens)
     return nats / tokens
 

@@ -1,16 +1,17 @@
 """Answers from the model in training, and what can be measured of them: the preview timeline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Turn
+from qlora_suite.engine import Engine, autocast
 from qlora_suite.files import write_text
 from qlora_suite.recipe import Previews
 
@@ -33,12 +34,30 @@ def repetition(ids: Sequence[int], window: int = 4) -> float:
     return 1 - len(set(windows)) / len(windows) if len(windows) > 1 else 0.0
 
 
-def preview(net: nn.Module, renderer: Renderer, previews: Previews, accelerator: Accelerator) -> list[Answer]:
-    """Answers to the recipe's preview prompts, each a chat of one turn (with `format: text`, the beginning of a text)."""
+def preview(engine: Engine, renderer: Renderer, previews: Previews, stop: Callable[[], bool] = lambda: False) -> list[Answer] | None:
+    """Answers to the recipe's preview prompts, each a chat of one turn (with `format: text`, the beginning of a text).
+
+    Every rank answers all of them, in step with the others: engines that shard weights gather them for each token. None, on every
+    rank, if `stop` says so on the way.
+    """
     if not previews.prompts:
         return []
-    with accelerator.autocast():
-        return answer(net, renderer, [[Turn("user", text)] for text in previews.prompts], previews.max_new_tokens)
+    chats = [[Turn("user", text)] for text in previews.prompts]
+    several = engine.accelerator.num_processes > 1
+    with autocast(engine.accelerator.device, engine.dtype):
+        answers = answer(engine.unwrapped, renderer, chats, previews.max_new_tokens, stop, in_step=several)
+    return None if engine.any_rank(answers is None) else answers
+
+
+class _Asked(StoppingCriteria):
+    """Ends the generation when there is a request to stop. It asks this rank alone: generating in step is what keeps ranks together."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self.stop, self.stopped = stop, False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.stopped = self.stopped or self.stop()
+        return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
 
 
 @torch.no_grad()
@@ -47,14 +66,20 @@ def answer(
     renderer: Renderer,
     chats: Sequence[Sequence[Turn]],
     max_new_tokens: int,
-) -> list[Answer]:
-    """Greedy answers to chats that end on a user turn, in one batch padded on the left. The model keeps the mode it was in."""
+    stop: Callable[[], bool] = lambda: False,
+    in_step: bool = False,
+) -> list[Answer] | None:
+    """Greedy answers to chats that end on a user turn, in one batch padded on the left. The model keeps the mode it was in.
+
+    `in_step`: no rank stops before all have (they generate the same, but for rounding). None if `stop` says so on the way.
+    """
     prompts, stop_ids = [renderer.prompt(turns) for turns in chats], renderer.stop_token_ids
     device, longest, pad = next(model.parameters()).device, max(map(len, prompts)), stop_ids[0]
     input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
     attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     was_training = model.training
     model.eval()
+    asked = _Asked(stop)
     try:
         output = model.generate(
             input_ids=input_ids,
@@ -64,9 +89,13 @@ def answer(
             eos_token_id=list(stop_ids),
             pad_token_id=pad,
             use_cache=True,
+            stopping_criteria=StoppingCriteriaList([asked]),
+            synced_gpus=in_step,
         )
     finally:
         model.train(was_training)
+    if asked.stopped:
+        return None
     return [_answer(turns[-1].content, row.tolist(), renderer) for turns, row in zip(chats, output[:, longest:], strict=True)]
 
 

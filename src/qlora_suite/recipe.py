@@ -178,6 +178,8 @@ class Train(Section):
 class Stop(Section):
     after_minutes: Annotated[float, Field(gt=0)] | None = free(None)
     """End with a checkpoint after this time; the same command goes on from there."""
+    hung_after_minutes: Annotated[float, Field(gt=0, le=25)] = free(15.0)
+    """End as failed, with the stacks of every thread, if nothing happens for so long: no micro-batch, evaluation batch or save."""
 
 
 class Evaluation(Section):
@@ -270,6 +272,8 @@ class Recipe(Section):
                 problems.append("model.random_init makes sense with adapter: none alone")
             if self.output.final_dtype is not None:
                 problems.append("output.final_dtype has an effect with adapter: none alone; adapters are saved as they were trained")
+            if self.adapter.dora and self.model.quantization == "int8":
+                problems.append("adapter.dora fails on an 8-bit base (in PEFT and bitsandbytes); use model.quantization: nf4 or none")
             if self.adapter.init not in ("default", "gaussian") and self.model.quantization != "none":
                 problems.append(
                     f"adapter.init: {self.adapter.init} needs an unquantised base; use default or gaussian, or model.quantization: none"

@@ -15,13 +15,17 @@ from typing import Any
 import accelerate.utils.other
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from torch import nn
+from peft.utils import CONFIG_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_suite import adapter, checkpoint, generation
 from qlora_suite.batches import Limit, Order
-from qlora_suite.checkpoint import State
+from qlora_suite.checkpoint import State, Trained
 from qlora_suite.dataset import data_hash
 from qlora_suite.engine import Engine
 from qlora_suite.files import write_json, write_text
@@ -30,11 +34,13 @@ from qlora_suite.preemption import StopRequest
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import to_yaml
 from qlora_suite.tracking import Journal, Status, say
+from qlora_suite.watchdog import explain_lost_peers
 
 SAME_FILES = ("data.source", "data.validation_source", "model.base", "model.revision")
 """Curve keys that only name files: their contents are compared by hash, so that a folder may be moved."""
 
 
+ON_REQUEST = "on a request to stop"
 BASE = "base (commit, or hash of its files)"
 
 
@@ -58,7 +64,8 @@ def open_run(recipe: Recipe, accelerator: Accelerator, num_steps: int) -> Iterat
         accelerator.wait_for_everyone()
         run = Run(recipe, path, accelerator, num_steps)
         try:
-            yield run
+            with explain_lost_peers():
+                yield run
         except BaseException as error:
             if accelerator.is_main_process and not run.finished:
                 run.status.write("failed", run.step, num_steps, f"{type(error).__name__}: {error}")
@@ -77,6 +84,7 @@ class Run:
         self.finished = self.status.state == "finished" and checkpoint.complaint_about_checkpoint(path / "final") is None
         """The status says so and the result is whole; a damaged result is written again from the last checkpoint."""
         self.failed_saves = 0
+        self.resumed_from: Path | None = None
 
     # ---- beginning ----------------------------------------------------------------------------------------------------------
 
@@ -84,20 +92,36 @@ class Run:
         """Raises ValueError if a finished run was started again with other curve keys."""
         checkpoint.check_identity(self.status.identity, now, self.path)
 
-    def resume(self, net: nn.Module, optimizer: torch.optim.Optimizer, now: Mapping[str, Any]) -> State:
-        """Load the newest good checkpoint, or begin. Raises ValueError if it belongs to another recipe, data set or base."""
-        if self.main and self.recipe.output.mirror and not checkpoint.steps(self.checkpoints):
-            self._restore_from_mirror(Path(self.recipe.output.mirror))
-        self.accelerator.wait_for_everyone()
-        with self.accelerator.main_process_first():  # it sets damaged ones aside
-            found = checkpoint.latest(self.checkpoints)
+    def resume(self, net: nn.Module, now: Mapping[str, Any]) -> State:
+        """Load the newest good checkpoint's weights, before an engine shards them, or begin.
+
+        Raises ValueError if it belongs to another recipe, data set or base, or if not every process finds it.
+        """
+        if self.main:
+            if self.recipe.output.mirror and not checkpoint.steps(self.checkpoints):
+                self._restore_from_mirror(Path(self.recipe.output.mirror))
+            self.resumed_from = checkpoint.latest(self.checkpoints)  # it sets damaged ones aside
+        self.resumed_from = broadcast_object_list([self.resumed_from])[0]
+        found = self.resumed_from
         state = State(identity=dict(now))
         if found is not None:
-            checkpoint.check_identity(checkpoint.read_state(found).identity, now, self.path)
-            state = checkpoint.restore(found, net, optimizer)
+            if not (found / checkpoint.MANIFEST).is_file():
+                raise ValueError(
+                    f"process {self.accelerator.process_index} does not see {found}, which the first one wrote; output.dir must be on a "
+                    "disk that all nodes share"
+                )
+            state = checkpoint.read_state(found)
+            checkpoint.check_identity(state.identity, now, self.path)
+            checkpoint.load_weights(found, net)
         self.step = state.step
         if self.main:
             say(f"goes on from {found}" if found else f"starts in {self.path}")
+            if found and self.recipe.draws_noise and state.processes != self.accelerator.num_processes:
+                before, now_on = _processes(state.processes), _processes(self.accelerator.num_processes)
+                say(
+                    f"not exact: {before} saved it and {now_on} go on, where adapter.dropout or neftune_noise_alpha draws other noise "
+                    "(at 0 the curve would be the same)"
+                )
             self.metrics = Journal(self.path / "metrics.jsonl", state.step)
             self.previews = Journal(self.path / "previews.jsonl", state.step)
             self.status.write("running", state.step, self.num_steps, identity=now)
@@ -106,16 +130,21 @@ class Run:
                 self.accelerator.init_trackers(self.recipe.tracking.project, config=_scalars(self.recipe))
         return state
 
+    def resume_engine(self, engine: Engine, state: State) -> None:
+        """Give the engine what the checkpoint knows beside the weights: the optimiser's moments and the loss scale."""
+        if self.resumed_from is not None:
+            checkpoint.restore_optimizer(self.resumed_from, engine)
+        engine.load_state(state.scaler)
+
     def describe(
-        self, manifest: Mapping[str, Any], net: nn.Module, dtype: torch.dtype, order: Order, *, limit: Limit, checkpointing: bool
+        self, manifest: Mapping[str, Any], sizes: adapter.Size, engine: Engine, order: Order, *, limit: Limit, checkpointing: bool
     ) -> None:
         """Say, and keep in run.json, what runs where."""
         if not self.main:
             return
         world = self.accelerator.num_processes
         servable, because = servable_as(self.recipe, manifest)
-        sizes = adapter.size(net)
-        precision = str(dtype).removeprefix("torch.")
+        precision = str(engine.dtype).removeprefix("torch.")
         rows_per_step = self.recipe.train.rows_per_step
         write_json(
             self.path / "run.json",
@@ -127,6 +156,7 @@ class Run:
                 "servable_as": servable,
                 "servable_because": because,
                 "precision": precision,
+                "engine": engine.name,
                 "processes": world,
                 "micro_batch": {"rows": limit.rows, "tokens": limit.tokens},
                 "gradient_checkpointing": checkpointing,
@@ -137,13 +167,14 @@ class Run:
                 "attempt": self.status.attempt,
             },
         )
-        how = "adapter" if isinstance(net, PeftModel) else "all weights"
+        where = engine.name if world == 1 else f"{_processes(world)} ({engine.name})"
+        how = "all weights" if self.recipe.adapter == "none" else "adapter"
         say(f"model      {self.recipe.model.base}, {self.recipe.model.quantization} base, {how}: {sizes}")
         say(f"markers    {manifest['role_markers']['note'].removeprefix('role markers: ')}")
         say(f"servable   as {servable}: {because}")
         say(f"data       {order.num_rows:,} rows, {manifest['counts']['train']['supervised']:,} supervised tokens; {order.num_steps} steps")
         say(
-            f"step       {rows_per_step} rows on {_processes(world)}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
+            f"step       {rows_per_step} rows on {where}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
             f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {'on' if checkpointing else 'off'}"
         )
 
@@ -155,14 +186,28 @@ class Run:
             self.metrics.add({"step": step, "attempt": self.status.attempt, **values})
             self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
-    def add_preview(self, step: int, answers: Sequence[generation.Answer]) -> None:
-        if self.main and answers and not any(r["step"] == step for r in self.previews.records):
+    def add_preview(self, step: int, answers: Sequence[generation.Answer] | None) -> None:
+        """Note the answers of a step; None stands for answers that were cut short."""
+        if self.main and answers:
             self.previews.add(generation.record(step, answers))
             generation.write_timeline(self.path / "previews.md", self.previews.records)
             say(f"previews at step {step}: {generation.summary(answers)['stopped']:.0%} stop by themselves (previews.md)")
 
+    def preview_due(self, state: State, engine: Engine) -> bool:
+        """Do answers to the prompts belong to this step, and are they not there yet?"""
+        every, step = self.recipe.previews.every_steps, state.step
+        if not self.recipe.previews.prompts or not (step % every == 0 or step == self.num_steps):
+            return False
+        return engine.any_rank(self.main and not any(record["step"] == step for record in self.previews.records))
+
+    def evaluation_due(self, state: State) -> bool:
+        """Does an evaluation on the development split belong to this step, and is it not made yet?"""
+        every, step = self.recipe.evaluation.every_steps, state.step
+        return every is not None and 0 < step != state.evaluated and (step % every == 0 or step == self.num_steps)
+
     def add_dev_loss(self, state: State, loss: float) -> None:
         """Note an evaluation on the development split, and whether it is the best."""
+        state.evaluated = state.step
         better = math.isfinite(loss) and (state.best is None or loss < state.best["loss"])
         state.evaluations_without_gain = 0 if better else state.evaluations_without_gain + 1
         if better:
@@ -179,7 +224,7 @@ class Run:
         limit = self.recipe.stop.after_minutes
         if engine.any_rank(limit is not None and seconds >= limit * 60):
             return f"after {limit:g} minutes, as stop.after_minutes asks"
-        return "on a request to stop" if engine.any_rank(request.asked()) else ""
+        return ON_REQUEST if engine.any_rank(request.asked()) else ""
 
     def reason_to_stop_early(self, state: State) -> str:
         """Why no further step would help; empty while it may."""
@@ -196,18 +241,18 @@ class Run:
             return True
         return minutes is not None and engine.any_rank(seconds >= minutes * 60)
 
-    def save(
-        self, state: State, net: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase, *, required: bool
-    ) -> bool:
+    def save(self, state: State, net: nn.Module, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, required: bool) -> bool:
         """Write, verify, mirror; then prune. Was it written?
 
         A disk that is full for a while must not cost the run: a periodic save that fails is said, counted and tried again. Raises
         OSError if the run cannot go on without this one (`required`).
         """
         saved = True
+        state.scaler, state.processes = engine.state(), self.accelerator.num_processes
+        learnt = checkpoint.trained(net, engine)
         if self.main:
             try:
-                self._save(state, net, optimizer, tokenizer)
+                self._save(state, net, learnt, tokenizer)
             except OSError as error:
                 if required:
                     raise
@@ -216,9 +261,9 @@ class Run:
         self.accelerator.wait_for_everyone()
         return saved
 
-    def _save(self, state: State, net: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _save(self, state: State, net: nn.Module, learnt: Trained, tokenizer: PreTrainedTokenizerBase) -> None:
         base = (self.recipe.model.base, self.recipe.model.revision)
-        written = checkpoint.save(self.checkpoints, state, net, optimizer, tokenizer, to_yaml(self.recipe), base)
+        written = checkpoint.save(self.checkpoints, state, net, learnt, tokenizer, to_yaml(self.recipe), base)
         best = int(state.best["step"]) if state.best else None
         checkpoint.prune(self.checkpoints, self.recipe.checkpoints.keep, best)
         self.status.write("running", state.step, self.num_steps)
@@ -233,40 +278,45 @@ class Run:
 
     # ---- end ----------------------------------------------------------------------------------------------------------------
 
-    def end(self, state: State, net: nn.Module, tokenizer: PreTrainedTokenizerBase, outcome: str) -> None:
+    def end(self, state: State, net: nn.Module, tokenizer: PreTrainedTokenizerBase, outcome: str, request: StopRequest) -> None:
         """Write `final/` if the run is over (its last step, or early stopping), else say how to go on."""
-        self.accelerator.end_training()
-        if not self.main:
-            return
-        if state.step < self.num_steps and not outcome.startswith("early"):
+        self.accelerator.wait_for_everyone()  # all have seen the request
+        if self.main:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            request.honoured()
+            self._end(state, net, tokenizer, outcome)
+
+    def _end(self, state: State, net: nn.Module, tokenizer: PreTrainedTokenizerBase, outcome: str) -> None:
+        if (state.step < self.num_steps or self.evaluation_due(state)) and not outcome.startswith("early"):
             self.status.write("stopped", state.step, self.num_steps, outcome)
             say(f"stopped {outcome}, at step {state.step} of {self.num_steps}; the same command goes on from there")
             return
         chosen = int(state.best["step"]) if state.best else state.step
         why = f"lowest development loss ({state.best['loss']:.4f})" if state.best else "the last step"
-        if chosen != state.step:
-            folder = self.checkpoints / f"step-{chosen:06d}"
-            if complaint := checkpoint.complaint_about_checkpoint(folder):
-                chosen, why = state.step, f"the last step, for the best checkpoint ({folder.name}) is damaged: {complaint}"
-            else:
-                checkpoint.load_weights(folder, net)
-        self._write_final(net, tokenizer, {"step": chosen, "chosen_by": why})
+        folder = self.checkpoints / f"step-{chosen:06d}"
+        if chosen != state.step and (complaint := checkpoint.complaint_about_checkpoint(folder)):
+            chosen, why = state.step, f"the last step, for the best checkpoint ({folder.name}) is damaged: {complaint}"
+        self._write_final(self.checkpoints / f"step-{chosen:06d}", net, tokenizer, {"step": chosen, "chosen_by": why})
         self.finished = True
         self.status.write("finished", state.step, self.num_steps, outcome)
         say(f"finished: {self.path / 'final'} holds step {chosen} ({why})")
 
-    def _write_final(self, net: nn.Module, tokenizer: PreTrainedTokenizerBase, choice: dict[str, Any]) -> None:
+    def _write_final(self, source: Path, net: nn.Module, tokenizer: PreTrainedTokenizerBase, choice: dict[str, Any]) -> None:
+        """The result, from a checkpoint's files: `net` may be sharded by now, and tells only how the weights are to be laid out."""
         final, aside = self.path / "final", self.path / ".final.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         if isinstance(net, PeftModel):
-            checkpoint.write_adapter(net, aside, self.recipe.model.base, self.recipe.model.revision)
-            checkpoint.check_weights(aside / checkpoint.ADAPTER, net, trained=True)
+            for name in (checkpoint.ADAPTER, CONFIG_NAME):
+                shutil.copyfile(source / name, aside / name)
+            checkpoint.check_weights(aside / checkpoint.ADAPTER, load_file(source / checkpoint.ADAPTER), trained=True)
         else:
             dtype = getattr(torch, self.recipe.output.final_dtype or "float32")
-            _save_pretrained(net.to(dtype), aside)
+            weights = {name: tensor.to(dtype) for name, tensor in load_file(source / checkpoint.WEIGHTS).items()}
+            _save_pretrained(net, aside, weights)
             config = load_config(self.recipe.model)  # as its maker wrote it: ours was changed for training
-            config.architectures, config.dtype = [type(net).__name__], dtype
+            config.architectures, config.dtype = [model_class(net).__name__], dtype
             config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         write_json(aside / "chosen.json", choice)
@@ -292,12 +342,17 @@ def _scalars(recipe: Recipe) -> dict[str, Any]:
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flatten(recipe).items()}
 
 
-def _save_pretrained(net: nn.Module, folder: Path) -> None:
+def model_class(net: nn.Module) -> type[nn.Module]:
+    """The model's class; FSDP2 puts a subclass of its own in its place."""
+    return next(kind for kind in type(net).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _save_pretrained(net: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
     """Without importing deepspeed, which accelerate does to unwrap a model wherever it is installed; this one is not wrapped."""
     known = accelerate.utils.other.is_deepspeed_available
     accelerate.utils.other.is_deepspeed_available = lambda: False
     try:
-        net.save_pretrained(folder)
+        net.save_pretrained(folder, state_dict=weights)
     finally:
         accelerate.utils.other.is_deepspeed_available = known
 

@@ -17,7 +17,8 @@ from qlora_suite.adapter import adapter_folder
 from qlora_suite.chat import Renderer
 from qlora_suite.checkpoint import complaint_about_checkpoint
 from qlora_suite.files import read_json
-from qlora_suite.model import load_config, load_tokenizer
+from qlora_suite.model import base_fingerprint, check_reachable, load_config, load_tokenizer
+from qlora_suite.prequantized import quantization_of, record_of, source_of
 from qlora_suite.recipe import Chat, Model, Recipe
 from qlora_suite.recipe_file import load
 from qlora_suite.role_markers import ASSISTANT, PROMPTER, RoleMarkers, add_role_markers
@@ -57,6 +58,8 @@ class Column:
     adapter: str | None
     renderers: dict[str, Renderer]
     """By format: those in which it is scored."""
+    missing: str = ""
+    """Why it cannot be scored, where that is known before it is loaded."""
 
 
 def subject_of(
@@ -147,11 +150,11 @@ def tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
 def columns_of(subject: Subject, dtype: torch.dtype, ours: Renderer, of_base: dict[str, Renderer]) -> list[Column]:
     """The models to compare, in the order in which they are shown. Raises ValueError if there are none."""
     model, columns = subject.recipe.model, []
-    unquantised = Model(base=model.base, revision=model.revision, quantization="none")
+    unquantised, missing = unquantised_base(model)
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     trained = {subject.format: ours}
     if not model.random_init:
-        columns.append(Column("base_unquantised", f"base, {short}", unquantised, None, of_base))
+        columns.append(Column("base_unquantised", f"base, {short}", unquantised, None, of_base, missing))
         if model.quantization != "none":
             columns.append(Column("base_quantised", f"base, {model.quantization}", model, None, of_base))
     if subject.adapter:
@@ -161,3 +164,22 @@ def columns_of(subject: Subject, dtype: torch.dtype, ours: Renderer, of_base: di
     if not columns:
         raise ValueError("the recipe makes its model from nothing, so there is no base to score; give its run's folder instead")
     return columns
+
+
+def unquantised_base(model: Model) -> tuple[Model, str]:
+    """The recipe's base as it was published, and why it cannot be had ("" if it can).
+
+    A base that is quantised already leads to what it was made from, by its record, if that is reachable and still the same.
+    """
+    plain = Model(base=model.base, revision=model.revision, quantization="none")
+    if model.random_init or quantization_of(load_config(model)) is None:
+        return plain, ""
+    record, source = record_of(model.base), source_of(model.base)
+    if source is None:
+        return plain, f"{model.base} is quantised and does not say what it was made from"
+    try:
+        check_reachable(source)
+        same = base_fingerprint(source) == record["source"]["fingerprint"]
+    except ValueError as why:
+        return source, f"{model.base} is quantised, and what it was made from is not at hand: {why}"
+    return source, "" if same else f"{model.base} is quantised, and {source.base}, which it was made from, has changed since"

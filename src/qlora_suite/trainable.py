@@ -13,8 +13,13 @@ from qlora_suite.model import load_base
 from qlora_suite.recipe import Recipe
 
 
-def build_model(recipe: Recipe, manifest: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, PreTrainedModel]:
+def build_model(
+    recipe: Recipe, manifest: Mapping[str, Any], dtype: torch.dtype, device: torch.device, sharded: bool = False
+) -> tuple[nn.Module, PreTrainedModel]:
     """(the module to train, the base inside it). The same module, if every weight is trained.
+
+    `sharded`: FSDP2 will spread the weights over the ranks. It can only cut floating-point storage, and leaves bytes whole without a
+    word, so 4-bit weights are then stored as (bit patterns of) numbers of the compute type.
 
     Raises ValueError if the base cannot be loaded, the adapter does not cover it, or it would mix packed conversations.
     """
@@ -24,7 +29,7 @@ def build_model(recipe: Recipe, manifest: Mapping[str, Any], dtype: torch.dtype,
         base.requires_grad_(True)
         check_separates_packed_rows(base)
         return base, base
-    base = load_base(recipe.model, dtype, device)
+    base = load_base(recipe.model, dtype, device, quant_storage=dtype if sharded else None)
     if recipe.data.packing:
         check_separates_packed_rows(base)
     markers_are_targets = recipe.chat.loss_on == "all"

@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""Walk what can be combined: quantisation x engine x precision x checkpointing x packing x DoRA, and write the table of what works.
+
+    python scripts/compatibility.py                     every combination, some 12 minutes on two cores
+    python scripts/compatibility.py --engines zero3     some
+
+A combination works if three steps on the small model of assets/ give the losses of one process, and a whole adapter; it is refused if
+the suite says so before anything is loaded. Anything else is a fault, and the exit code is 1. Writes benchmarks/compatibility.md and
+compatibility.json, with date and versions.
+"""
+
+import datetime
+import itertools
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import track
+
+from qlora_suite.command_line import parser_for, with_clear_errors
+from qlora_suite.files import write_json, write_text
+from qlora_suite.launched_runs import CONFIGS, FAILED, ROOT, Case, difference, launch
+from qlora_suite.model import versions
+from qlora_suite.preparation import prepare, select
+from qlora_suite.recipe_file import load
+from qlora_suite.tracking import console, say
+
+QUANTIZATIONS, PRECISIONS = ("nf4", "int8", "none"), ("fp32", "bf16", "fp16")
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
+"""Of losses, relative to one process."""
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+OVERRIDES = [
+    "data.max_examples=60",
+    "data.max_length=256",
+    "train.max_steps=3",
+    "train.rows_per_step=4",
+    "evaluation.every_steps=null",
+    "previews.prompts=[]",
+    "checkpoints.every_minutes=null",
+]
+TITLES = {"one": "one process", "ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP2"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    quantization: str
+    precision: str
+    checkpointing: bool
+    packing: bool
+    dora: bool
+
+    def case(self, prepared: Path) -> Case:
+        """One run of it; `prepared` holds the rows `packed` and `unpacked`."""
+        flags = f"checkpointing={self.checkpointing} packing={self.packing} dora={self.dora}"
+        return Case(
+            f"{self.quantization} {self.precision} {flags}",
+            (
+                f"model.quantization={self.quantization}",
+                f"train.gradient_checkpointing={str(self.checkpointing).lower()}",
+                f"data.packing={str(self.packing).lower()}",
+                f"data.prepared={prepared / ('packed' if self.packing else 'unpacked')}",
+                f"adapter.dora={str(self.dora).lower()}",
+            ),
+            self.precision,
+        )
+
+
+EVERY = [Cell(*values) for values in itertools.product(QUANTIZATIONS, PRECISIONS, *[(False, True)] * 3)]
+
+
+def pairwise(cells: Iterable[Cell] = EVERY) -> list[Cell]:
+    """A few of the cells, in which every two values of every two columns meet: the next is always the one with the most new pairs."""
+
+    def pairs(cell: Cell) -> set[tuple]:
+        return set(itertools.combinations(enumerate(vars(cell).values()), 2))
+
+    left, chosen, met = list(cells), [], set()
+    while left and (best := max(left, key=lambda cell: len(pairs(cell) - met))) and pairs(best) - met:
+        chosen.append(best)
+        met |= pairs(best)
+        left.remove(best)
+    return chosen
+
+
+def prepare_both(recipe: Path, overrides: list[str], folder: Path) -> None:
+    """The rows of a recipe, packed and not, as `Cell.case` looks for them."""
+    for name, packing in (("packed", "true"), ("unpacked", "false")):
+        values = load(recipe, [*overrides, f"data.packing={packing}", f"data.prepared={folder / name}"])
+        prepare(values, select(values.data), lambda items, *_: items)
+
+
+def outcome_of(words: str, cell: Cell, run: Path, reference: Path) -> str:
+    """`works`, `refused`, or what is wrong."""
+    if words:
+        return words if words.startswith(FAILED) else "refused"
+    found = difference(reference, run)
+    complete = found.adapter < float("inf")
+    return "works" if found.loss <= TOLERANCE[cell.precision] and complete else f"{FAILED} losses differ by {found.loss:.1e}"
+
+
+def table(outcomes: dict[str, dict[str, str]], cells: Iterable[Cell]) -> list[str]:
+    """Quantisation and DoRA by engine: how many of the combinations with the other three work."""
+    engines = list(outcomes)
+    lines = [f"| quantisation, DoRA | {' | '.join(TITLES[e] for e in engines)} |", "|---|" + "---|" * len(engines)]
+    for quantization, dora in itertools.product(QUANTIZATIONS, (False, True)):
+        names = [cell.case(Path()).name for cell in cells if (cell.quantization, cell.dora) == (quantization, dora)]
+        words = []
+        for engine in engines:
+            of_row = [outcomes[engine][name] for name in names]
+            works, refused = of_row.count("works"), of_row.count("refused")
+            words.append("refused" if refused == len(of_row) else "works" if works == len(of_row) else f"{works} of {len(of_row)}")
+        lines.append(f"| `{quantization}`{', DoRA' if dora else ''} | {' | '.join(words)} |")
+    return lines
+
+
+def run(engines: list[str], folder: Path, report: Path) -> bool:
+    """Walk every cell on CPU processes. True if each works or is refused."""
+    shutil.rmtree(folder, ignore_errors=True)
+    prepare_both(RECIPE, OVERRIDES, folder)
+    outcomes: dict[str, dict[str, str]] = {}
+    for engine in track(["one", *engines], description="combinations", console=console, disable=not console.is_terminal):
+        say(f"{TITLES[engine]}: {len(EVERY)} combinations")
+        cases = {cell: cell.case(folder) for cell in EVERY}
+        words = launch(engine, list(cases.values()), folder / engine, str(RECIPE), OVERRIDES, processes=2, gpu=False)
+        outcomes[engine] = {
+            case.name: outcome_of(words[case.name], cell, case.path(folder / engine), case.path(folder / "one"))
+            for cell, case in cases.items()
+        }
+    faults = [f"{TITLES[e]}, {name}: {what}" for e, found in outcomes.items() for name, what in found.items() if what.startswith(FAILED)]
+    made_by = ", ".join(f"{name} {version}" for name, version in versions().items())
+    head = [
+        "# What can be combined",
+        "",
+        f"`python scripts/compatibility.py`, {datetime.date.today().isoformat()}, CPU, 2 processes; {made_by}.",
+        "",
+        "Each cell stands for 12 runs: fp32, bf16, fp16, with and without gradient checkpointing, with and without packing. `works`: the",
+        "losses of one process (to 1e-5 in fp32, 1e-2 in 16 bits) and a whole adapter. `refused`: one sentence before anything is loaded.",
+        "",
+    ]
+    write_text(
+        report.with_suffix(".md"), "\n".join([*head, *table(outcomes, EVERY), "", *(f"- {fault}" for fault in faults)]).strip() + "\n"
+    )
+    write_json(report.with_suffix(".json"), {"date": datetime.date.today().isoformat(), "versions": versions(), "outcomes": outcomes})
+    for line in [*table(outcomes, EVERY), *faults]:
+        say(line)
+    say(f"compatibility: {len(faults)} faults in {len(EVERY) * len(outcomes)} combinations; wrote {report.with_suffix('.md')}")
+    return not faults
+
+
+def main() -> None:
+    parser = parser_for(__doc__)
+    engines = [engine for engine in CONFIGS if engine != "one"]
+    parser.add_argument("--engines", nargs="+", choices=engines, default=engines)
+    parser.add_argument("--folder", type=Path, default=Path("runs/compatibility"), help="where the runs go")
+    parser.add_argument("--report", type=Path, default=ROOT / "benchmarks" / "compatibility")
+    args = parser.parse_args()
+    if not run(args.engines, args.folder.resolve(), args.report):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    with_clear_errors(main, debug="--debug" in sys.argv)

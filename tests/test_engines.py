@@ -1,0 +1,326 @@
+"""One recipe, every engine: DDP, ZeRO-2, ZeRO-3 and FSDP2 on two processes learn the curve of one, save the same adapter, and resume.
+
+Every engine is launched once, from its file in accelerate_configs/, and walks all its cases within that launch.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, write_recipe
+from in_process import column, metrics, prepared, script
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qlora_suite import launched_runs
+from qlora_suite.checkpoint import ADAPTER
+from qlora_suite.compatibility import DDP, FSDP2, ONE, ZERO2, ZERO3
+from qlora_suite.launched_runs import CONFIGS, EQUAL, FAILED, Case, apart, difference
+from qlora_suite.tracking import read_journal
+
+compatibility = script("compatibility")
+
+SEVERAL = [engine for engine in CONFIGS if engine != "one"]
+NAMES = {"one": ONE, "ddp": DDP, "zero2": ZERO2, "zero3": ZERO3, "fsdp": FSDP2}
+STEPS = 10
+COMMON = (
+    f"train.max_steps={STEPS}",
+    "optim.eps=1e-6",  # see scripts/verify.py
+    "evaluation.every_steps=5",
+    "previews.prompts=[Hello]",
+    "previews.every_steps=5",
+    "previews.max_new_tokens=8",
+    "checkpoints.every_steps=4",
+    "checkpoints.keep=9",
+)
+SHORT = ("train.max_steps=3", "evaluation.every_steps=null", "previews.prompts=[]", "checkpoints.every_steps=null")
+
+STRAIGHT = Case("straight", ("train.micro_batch=4",))
+ACCUMULATED = Case("accumulated", ("train.micro_batch=1", "train.gradient_checkpointing=true"))
+RESUMED = Case("resumed", ("train.micro_batch=4",), killed_after=7)
+BF16 = Case("bf16", ("train.micro_batch=4",), precision="bf16")
+BF16_RESUMED = Case("bf16 resumed", ("train.micro_batch=4",), precision="bf16", killed_after=7)
+FP16 = Case("fp16", ("train.micro_batch=4",), precision="fp16")
+FP16_RESUMED = Case("fp16 resumed", ("train.micro_batch=4",), precision="fp16", killed_after=7)
+DROPOUT = Case("dropout", ("train.micro_batch=2", "adapter.dropout=0.1"))
+DROPOUT_RESUMED = Case("dropout resumed", ("train.micro_batch=2", "adapter.dropout=0.1"), killed_after=7)
+POISONED = Case("poisoned", ("train.micro_batch=4",), poisoned_at=3)
+POISONED_FP16 = Case("poisoned fp16", ("train.micro_batch=4",), precision="fp16", poisoned_at=3)
+CLIPPED = Case("clipped", ("train.micro_batch=4", "optim.max_grad_norm=0.01"))
+EVERY_WEIGHT = Case("every weight", ("adapter=none", "model.quantization=none", *SHORT))
+HEAD_ROWS = Case("head rows", ("chat.loss_on=all", *SHORT))
+EIGHT_BIT = Case("8-bit optimiser", ("optim.name=adamw_8bit", *SHORT))
+PAGED = Case("paged optimiser", ("optim.name=paged_adamw", *SHORT))
+INT8 = Case("int8", ("model.quantization=int8", *SHORT))
+DORA = Case("dora", ("adapter.dora=true", *SHORT))
+DORA_RESUMED = Case("dora resumed", ("adapter.dora=true", "checkpoints.every_steps=1", *SHORT[:3]), killed_after=2)
+TOO_FEW = Case("too few rows", ("train.rows_per_step=1", *SHORT))
+PAIRS = compatibility.pairwise()
+
+
+def relay(engine: str) -> Case:
+    """A run that starts on one process, is taken two steps further by each engine, and ends on one process again."""
+    return Case("relay", ("train.micro_batch=auto",), stopped_after=2 * list(CONFIGS).index(engine) + 2, folder="../relay")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path, tiny_base: Path, oasst_file: Path) -> Path:
+    path = prepared(write_recipe(folder, tiny_base, oasst_file, *COMMON))
+    compatibility.prepare_both(path, [], folder)
+    prepared(path, "chat.loss_on=all", f"data.prepared={folder / 'all'}")
+    return path
+
+
+Outcomes = Callable[[str], dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(recipe: Path, folder: Path) -> Outcomes:
+    """outcomes("zero2") -> what became of each case there: nothing, or a refusal."""
+    head_rows = Case(HEAD_ROWS.name, (*HEAD_ROWS.overrides, f"data.prepared={folder / 'all'}"))
+    cases = [STRAIGHT, ACCUMULATED, RESUMED, BF16, BF16_RESUMED, FP16, FP16_RESUMED, DROPOUT, DROPOUT_RESUMED, POISONED, POISONED_FP16]
+    cases += [CLIPPED, EVERY_WEIGHT, head_rows, EIGHT_BIT, PAGED, INT8, DORA, DORA_RESUMED, TOO_FEW]
+    cells = [Case(c.name, (*c.overrides, *SHORT), c.precision, folder=f"{c.name}") for c in (cell.case(folder) for cell in PAIRS)]
+
+    @cache
+    def of(engine: str) -> dict[str, str]:
+        if list(CONFIGS).index(engine) > 0:
+            of(list(CONFIGS)[list(CONFIGS).index(engine) - 1])  # the relay wants them in their order
+        return launched_runs.launch(engine, [*cases, relay(engine), *cells], folder / engine, str(recipe), [], processes=2, gpu=False)
+
+    return of
+
+
+@pytest.fixture
+def run(outcomes: Outcomes, folder: Path) -> Callable[[str, Case], Path]:
+    """run("zero2", BF16) -> the folder of a run that must have worked."""
+
+    def found(engine: str, case: Case) -> Path:
+        assert outcomes(engine)[case.name] == "", outcomes(engine)[case.name]
+        return case.path(folder / engine)
+
+    return found
+
+
+Found = Callable[[str, Case], Path]
+several = pytest.mark.parametrize("engine", SEVERAL)
+every = pytest.mark.parametrize("engine", list(CONFIGS))
+
+
+# --- the curve
+
+
+@several
+def test_the_curve_and_the_adapter_are_those_of_one_process(run: Found, engine: str) -> None:
+    reference = run("one", STRAIGHT)
+    for case in (STRAIGHT, ACCUMULATED):
+        found = run(engine, case)
+        assert difference(reference, found).within(1e-5), difference(reference, found)
+        assert column(metrics(found), "supervised_tokens") == column(metrics(reference), "supervised_tokens")
+        facts = json.loads((found / "run.json").read_text())
+        assert (facts["engine"], facts["processes"]) == (NAMES[engine], 2)
+    tokens = column(metrics(reference), "supervised_tokens")
+    assert len(set(tokens)) > 5, "the steps must not be of one size"
+
+
+@several
+def test_the_norm_is_that_before_clipping_and_clipping_is_the_same(run: Found, engine: str) -> None:
+    reference, found = run("one", CLIPPED), run(engine, CLIPPED)
+    assert min(column(metrics(reference), "grad_norm")) > 0.02, "everything must be clipped"
+    assert difference(reference, found).within(1e-5), difference(reference, found)
+
+
+@several
+def test_bf16_stays_close_and_keeps_fp32_masters(run: Found, engine: str) -> None:
+    reference, found = run("one", BF16), run(engine, BF16)
+    assert apart(metrics(reference), metrics(found), "loss") < 1e-2
+    weights = load_file(found / "final" / ADAPTER)
+    assert all(t.dtype == torch.float32 for t in weights.values())
+    # rounded masters would all be numbers that bf16 can hold
+    assert any((t.bfloat16().float() != t).any() for t in weights.values())
+    assert apart(metrics(run(engine, STRAIGHT)), metrics(found), "loss") > 1e-7, "it has computed in fp32"
+
+
+@several
+def test_fp16_scales_its_loss_and_applies_its_steps(run: Found, engine: str) -> None:
+    reference, found = run("one", FP16), run(engine, FP16)
+    assert column(metrics(found), "applied") == column(metrics(reference), "applied")
+    assert sum(column(metrics(found), "applied")) >= STEPS // 2
+    assert apart(metrics(reference), metrics(found), "loss") < 1e-2
+    assert apart(metrics(reference), metrics(found), "grad_norm") < 5e-2
+    states = [json.loads((r / "checkpoints" / "step-000010" / "state.json").read_text())["scaler"] for r in (reference, found)]
+    assert states[0] == states[1]
+
+
+@every
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(run: Found, engine: str) -> None:
+    for case in (POISONED, POISONED_FP16):
+        records = metrics(run(engine, case))
+        assert [r["step"] for r in records if not r["applied"]] == [3]
+        assert records[2]["loss"] is None
+        assert all(math.isfinite(r["loss"]) for r in records if r["step"] != 3)
+    assert apart(metrics(run("one", POISONED))[3:], metrics(run(engine, POISONED))[3:], "loss") < 1e-5
+
+
+@several
+def test_every_weight_and_the_heads_rows_can_be_trained(run: Found, engine: str) -> None:
+    for case in (EVERY_WEIGHT, HEAD_ROWS):
+        reference, found = metrics(run("one", case)), metrics(run(engine, case))
+        assert max(apart(reference, found, key) for key in ("loss", "grad_norm")) < 1e-5
+    names = [load_file(run(e, EVERY_WEIGHT) / "final" / "model.safetensors") for e in ("one", engine)]
+    assert names[0].keys() == names[1].keys()
+    assert all((names[0][key] - names[1][key]).abs().max() < 1e-4 for key in names[0])
+    AutoModelForCausalLM.from_pretrained(run(engine, EVERY_WEIGHT) / "final")
+    assert any("lm_head" in name for name in load_file(run(engine, HEAD_ROWS) / "final" / ADAPTER))
+
+
+# --- what is saved
+
+
+@every
+def test_the_adapter_is_whole_and_plain_peft_reads_it(run: Found, engine: str, tiny_base: Path) -> None:
+    final = run(engine, STRAIGHT) / "final"
+    weights = load_file(final / ADAPTER)
+    assert weights.keys() == load_file(run("one", STRAIGHT) / "final" / ADAPTER).keys()
+    assert all(t.numel() > 0 and t.isfinite().all() for t in weights.values())
+    assert all(t.any() for name, t in weights.items() if "lora_B" in name)
+    assert any("token" in name for name in weights), "trained role-token rows belong to it"
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, final)
+    loaded = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    assert loaded
+    assert all(p.any() for p in loaded.values())
+
+
+@every
+def test_previews_are_the_same_on_every_engine(run: Found, engine: str) -> None:
+    def answers(e: str) -> list:
+        return [(r["step"], r["answers"]) for r in read_journal(run(e, STRAIGHT) / "previews.jsonl")]
+
+    assert answers(engine) == answers("one")
+    assert [step for step, _ in answers(engine)] == [0, 5, 10]
+
+
+# --- resuming
+
+
+@every
+@pytest.mark.parametrize(
+    ("straight", "resumed"),
+    [(STRAIGHT, RESUMED), (BF16, BF16_RESUMED), (FP16, FP16_RESUMED), (DROPOUT, DROPOUT_RESUMED)],
+    ids=lambda case: case.name,
+)
+def test_a_killed_run_goes_on_bit_equal(run: Found, engine: str, straight: Case, resumed: Case) -> None:
+    one, other = run(engine, straight), run(engine, resumed)
+    assert difference(one, other) == EQUAL
+    assert {r["attempt"] for r in metrics(other)} == {1, 2}, "it was not killed"
+    states = [load_file(r / "checkpoints" / "step-000010" / "optimizer.safetensors") for r in (one, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_run_is_handed_from_engine_to_engine(outcomes: Outcomes, recipe: Path, folder: Path, run: Found) -> None:
+    """One process, two, one: other numbers of processes, too."""
+    for engine in CONFIGS:
+        assert outcomes(engine)["relay"] == ""
+    end = Case("relay", ("train.micro_batch=auto",), folder="../relay")
+    if not (folder / "relay" / "final").exists():
+        assert launched_runs.launch("one", [end], folder / "end", str(recipe), [], processes=1, gpu=False) == {"relay": ""}
+    assert difference(run("one", STRAIGHT), folder / "relay").within(1e-5), difference(run("one", STRAIGHT), folder / "relay")
+    attempts = column(metrics(folder / "relay"), "attempt")
+    assert attempts == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert "not exact" not in (folder / "relay.log").read_text()
+
+
+def test_dropout_on_another_number_of_processes_is_said_not_to_be_exact(run: Found, recipe: Path, folder: Path) -> None:
+    import shutil
+
+    copy = folder / "moved"
+    shutil.copytree(run("ddp", DROPOUT), copy / "dropout")
+    shutil.rmtree(copy / "dropout" / "final")
+    shutil.rmtree(copy / "dropout" / "checkpoints" / "step-000010")
+    (copy / "dropout" / "status.json").unlink()
+    assert launched_runs.launch("one", [DROPOUT], copy, str(recipe), [], processes=1, gpu=False) == {"dropout": ""}
+    log = (copy / "dropout.log").read_text()
+    assert "not exact: 2 processes saved it and 1 process go on" in log.replace("\n", " ")
+
+
+# --- what can be combined
+
+
+def test_every_two_values_of_every_two_columns_meet() -> None:
+    def pairs(cells: list) -> set:
+        return {pair for cell in cells for pair in itertools.combinations(enumerate(vars(cell).values()), 2)}
+
+    assert pairs(PAIRS) == pairs(compatibility.EVERY)
+    assert len(PAIRS) < len(compatibility.EVERY) / 4
+
+
+@every
+def test_what_is_combined_works_or_is_refused(outcomes: Outcomes, folder: Path, engine: str) -> None:
+    found = {}
+    for cell in PAIRS:
+        case = cell.case(folder)
+        words = outcomes(engine)[case.name]
+        found[case.name] = compatibility.outcome_of(words, cell, folder / engine / case.name, folder / "one" / case.name)
+    refused = {
+        "one": lambda cell: cell.dora and cell.quantization == "int8",
+        "ddp": lambda cell: cell.dora and cell.quantization == "int8",
+        "zero2": lambda cell: cell.dora and cell.quantization == "int8",
+        "zero3": lambda cell: cell.dora and cell.quantization != "none",
+        "fsdp": lambda cell: cell.quantization == "int8",
+    }[engine]
+    assert found == {cell.case(folder).name: "refused" if refused(cell) else "works" for cell in PAIRS}
+
+
+@several
+def test_what_does_not_work_is_refused_by_name(outcomes: Outcomes, engine: str) -> None:
+    found = outcomes(engine)
+    expected = {
+        EIGHT_BIT.name: "" if engine == "ddp" else "optim.name: adamw_8bit does not work under",
+        PAGED.name: "" if engine == "ddp" else "optim.name: paged_adamw does not work under",
+        INT8.name: "model.quantization: int8 does not work under FSDP2" if engine == "fsdp" else "",
+        DORA.name: "adapter.dora does not work on a 4-bit base under DeepSpeed ZeRO-3" if engine == "zero3" else "",
+        TOO_FEW.name: "train.rows_per_step is 1 but there are 2 processes",
+    }
+    for name, words in expected.items():
+        assert found[name].startswith(words), found[name]
+        assert bool(found[name]) == bool(words), found[name]
+        assert not found[name].startswith(FAILED)
+
+
+@every
+def test_dora_is_the_same_and_resumes(run: Found, engine: str) -> None:
+    if engine == "zero3":
+        pytest.skip("refused there")
+    assert max(apart(metrics(run("one", DORA)), metrics(run(engine, DORA)), key) for key in ("loss", "grad_norm")) < 1e-5
+    assert difference(run(engine, DORA), run(engine, DORA_RESUMED)) == EQUAL
+
+
+# --- other launches
+
+
+def test_zero3_with_nothing_kept_whole(recipe: Path, folder: Path, run: Found) -> None:
+    """DeepSpeed keeps small weights whole on every rank, and a tiny model has no others: a real one has."""
+    config = yaml.safe_load((ROOT / "accelerate_configs" / "deepspeed_zero3.yaml").read_text())
+    (folder / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    config["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero3.json"), "zero3_init_flag": False}
+    (folder / "zero3.yaml").write_text(yaml.safe_dump(config))
+    cases = [STRAIGHT, RESUMED, Case("unquantised dora", ("adapter.dora=true", "model.quantization=none", *SHORT))]
+    where = folder / "strict"
+    found = launched_runs.launch("zero3", cases, where, str(recipe), [], processes=2, gpu=False, config=folder / "zero3.yaml")
+    assert found[STRAIGHT.name] == found[RESUMED.name] == "", found
+    assert difference(run("one", STRAIGHT), STRAIGHT.path(where)).within(1e-5)
+    assert difference(STRAIGHT.path(where), RESUMED.path(where)) == EQUAL
+    assert found["unquantised dora"] == "", found
