@@ -30,7 +30,7 @@ from qlora_suite.generation import preview
 from qlora_suite.loss import collate, summed_loss
 from qlora_suite.micro_batch import choose, set_checkpointing
 from qlora_suite.preemption import StopRequest
-from qlora_suite.ranks import taking_turns
+from qlora_suite.ranks import taking_turns, together
 from qlora_suite.recipe import Recipe
 from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.schedule import lr_at
@@ -69,7 +69,8 @@ def train(recipe: Recipe) -> None:
         run_folder.open_run(recipe, accelerator, num_steps) as run,
         Watchdog(run.path, accelerator.process_index, hung_after * 60, accelerator.num_processes) as watch,
     ):
-        identity = run_folder.identity(recipe, manifest)
+        with together(accelerator):
+            identity = run_folder.identity(recipe, manifest)
         if run.finished:
             run.check_finished(identity)
             say_once(f"{run.path} is finished: {run.step} steps, result in {run.path / 'final'} (another output.dir trains anew)")

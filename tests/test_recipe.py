@@ -10,7 +10,7 @@ from conftest import ROOT
 from pydantic import ValidationError
 
 from qlora_suite.recipe import Recipe, curve_keys, flatten
-from qlora_suite.recipe_file import from_dict, load, to_yaml
+from qlora_suite.recipe_file import FOREIGN, from_dict, load, to_yaml
 
 MINIMAL = """\
 model: {base: base}
@@ -94,6 +94,23 @@ def test_an_unknown_key_names_the_nearest_known_one(minimal: Path, override: str
     with pytest.raises(ValueError, match="has 1 problem:") as caught:
         load(minimal, [override])
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.device_map=auto", "model.device_map: unknown key; the base goes whole to each process's device.*fsdp.yaml"),
+        ("train.bf16=true", "train.bf16: unknown key; it stands in the accelerate config"),
+        ("lora_r=16", "lora_r: unknown key; here it is adapter.rank"),
+    ],
+)
+def test_a_key_of_another_suite_is_answered_with_where_it_lives_here(minimal: Path, override: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load(minimal, [override])
+
+
+def test_no_key_of_ours_is_called_foreign() -> None:
+    assert not FOREIGN.keys() & {part for key in CURVE + FREE for part in key.split(".")}
 
 
 def test_a_missing_key_is_named() -> None:

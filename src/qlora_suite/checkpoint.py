@@ -183,7 +183,10 @@ def save(
 
 def seal(folder: Path) -> None:
     """Flush every file, then write the manifest: the mark that the folder is complete."""
+    mode = (folder.stat().st_mode & 0o666) | 0o600
     for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)  # safetensors writes files that nobody else may read, whatever the umask
         flush(path)
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": file_table(folder, but=MANIFEST)})
 

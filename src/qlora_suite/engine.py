@@ -86,6 +86,12 @@ def _asks_for_cpu() -> bool:
 
 def _check_environment() -> None:
     """Raises ValueError for settings of the accelerate config that the recipe decides, or that no engine here can keep."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if 0 < gpus < processes and not _asks_for_cpu():
+        raise ValueError(
+            f"{processes} processes were launched on this machine, which has {gpus} GPU{'s'[: gpus > 1]}, one for each process; use "
+            f"--num_processes {gpus * int(os.environ.get('WORLD_SIZE', processes)) // processes}"
+        )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", "auto"):
         raise ValueError(

@@ -19,6 +19,30 @@ from pydantic import BaseModel, ValidationError
 
 from qlora_suite.recipe import Recipe
 
+FOREIGN = {
+    "device_map": "the base goes whole to each process's device; accelerate_configs/fsdp.yaml and deepspeed_zero3.yaml spread it over GPUs",
+    "per_device_train_batch_size": "here it is train.micro_batch (found by itself) and train.rows_per_step",
+    "gradient_accumulation_steps": "it follows from train.rows_per_step, which counts the rows of a step on all processes",
+    "num_train_epochs": "here it is train.epochs",
+    "mixed_precision": "it stands in the accelerate config, or follows the hardware",
+    "num_processes": "it stands in the accelerate config, or behind accelerate launch: --num_processes N",
+    "fsdp": "engines are chosen by the accelerate config: accelerate_configs/fsdp.yaml",
+    "deepspeed": "engines are chosen by the accelerate config: accelerate_configs/deepspeed_zero2.yaml or deepspeed_zero3.yaml",
+    "load_in_4bit": "here it is model.quantization: nf4",
+    "load_in_8bit": "here it is model.quantization: int8",
+    "bnb_4bit_quant_storage": "it is set by itself to what the engine can shard",
+    "lora_r": "here it is adapter.rank",
+    "lora_alpha": "here it is adapter.alpha",
+    "lora_dropout": "here it is adapter.dropout",
+    "target_modules": "here it is adapter.targets",
+    "logging_steps": "every step is logged, in metrics.jsonl",
+    "save_steps": "here it is checkpoints.every_steps",
+    "eval_steps": "here it is evaluation.every_steps",
+    "max_seq_length": "here it is data.max_length",
+}
+"""Keys of other suites, and where their meaning lives here."""
+FOREIGN.update(dict.fromkeys(("bf16", "fp16"), FOREIGN["mixed_precision"]))
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-4` as a string because it lacks a dot, where people mean the number, and takes the last of two equal keys."""
@@ -122,6 +146,8 @@ def _complaints(error: Any) -> list[str]:
                 section, fields = inner, inner.model_fields
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
+        if path[-1] in FOREIGN:
+            return [f"{key}: unknown key; {FOREIGN[path[-1]]}"]
         near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known here: {', '.join(section.model_fields)}"
         return [f"{key}: unknown key; {hint}"]

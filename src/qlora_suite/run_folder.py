@@ -31,6 +31,7 @@ from qlora_suite.engine import Engine
 from qlora_suite.files import write_json, write_text
 from qlora_suite.model import base_fingerprint, load_config, versions
 from qlora_suite.preemption import StopRequest
+from qlora_suite.prequantized import source_of
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import to_yaml
 from qlora_suite.tracking import Journal, Status, say
@@ -262,7 +263,8 @@ class Run:
         return saved
 
     def _save(self, state: State, net: nn.Module, learnt: Trained, tokenizer: PreTrainedTokenizerBase) -> None:
-        base = (self.recipe.model.base, self.recipe.model.revision)
+        source = source_of(self.recipe.model.base) or self.recipe.model  # the published base, not a folder with its quantised form
+        base = (source.base, source.revision)
         written = checkpoint.save(self.checkpoints, state, net, learnt, tokenizer, to_yaml(self.recipe), base)
         best = int(state.best["step"]) if state.best else None
         checkpoint.prune(self.checkpoints, self.recipe.checkpoints.keep, best)
