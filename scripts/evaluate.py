@@ -44,6 +44,7 @@ from qlora_suite.report import cut_line, headline, left_out_lines, markdown, res
 from qlora_suite.run_folder import hardware
 from qlora_suite.subject import Column, Subject, columns_of, renderers_of, subject_of
 from qlora_suite.tracking import console, say
+from qlora_suite.watchdog import exit_at_once_on_errors
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 LOGIT_BYTES = {"cpu": 2 * 2**30, "cuda": 8 * 2**30}
@@ -224,4 +225,5 @@ if __name__ == "__main__":
     parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
     args = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, end_at_once)
-    with_clear_errors(lambda: run(args.target, args.overrides, args.adapter, args.model, args.format), debug=args.debug)
+    with exit_at_once_on_errors():
+        with_clear_errors(lambda: run(args.target, args.overrides, args.adapter, args.model, args.format), debug=args.debug)

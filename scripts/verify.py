@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from qlora_suite.command_line import parser_for, with_clear_errors
-from qlora_suite.launched_runs import CONFIGS, EQUAL, ROOT, Case, difference, launch
+from qlora_suite.launched_runs import CONFIGS, EQUAL, ROOT, Case, Difference, difference, launch
 from qlora_suite.preparation import prepare, select
 from qlora_suite.recipe_file import load
 from qlora_suite.tracking import console, say
@@ -56,8 +56,25 @@ RELAY = "handed on"
 def verify(engines: list[str], folder: Path, processes: int, gpu: bool) -> bool:
     """Everything that the page's head says. True if all differences are small enough."""
     began = time.monotonic()
+    complaints = run_everything(engines, folder, processes, gpu)
+    results = judged(engines, folder, complaints)
+    table = Table("engine", "way", "loss", "norm", "dev loss", "adapter", "", box=None, pad_edge=False)
+    table.title = f"largest difference to one process ({TOLERANCE:g} is allowed)"
+    for engine, way, found, ok in results:
+        table.add_row(engine, way, *(f"{value:.1e}" for value in asdict(found).values()), "[green]pass[/]" if ok else "[red]FAIL[/]")
+    console.print(table)
+    for (engine, way), words in complaints.items():
+        say(f"{engine}, {way}: {words}")
+    good, minutes = sum(ok for *_, ok in results), (time.monotonic() - began) / 60
+    where = f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else 'CPU'}, {processes} processes, {minutes:.1f} min"
+    say(f"verify: {'one curve' if good == len(results) else 'NOT one curve'}: {good} of {len(results)} pass ({where})")
+    return good == len(results)
+
+
+def run_everything(engines: list[str], folder: Path, processes: int, gpu: bool) -> dict[tuple[str, str], str]:
+    """All the runs, below `folder`. Returns what went wrong, by engine and way."""
     shutil.rmtree(folder, ignore_errors=True)
-    overrides = [*OVERRIDES, f"data.prepared={folder / 'prepared'}", "train.rows_per_step=" + str(max(8, processes))]
+    overrides = [*OVERRIDES, f"data.prepared={folder / 'prepared'}", f"train.rows_per_step={4 * max(2, processes)}"]
     recipe = load(RECIPE, overrides)
     prepare(recipe, select(recipe.data), lambda items, *_: items)
     # one run that each engine takes two steps further, and one process ends
@@ -76,26 +93,20 @@ def verify(engines: list[str], folder: Path, processes: int, gpu: bool) -> bool:
         say(f"{engine}: {len(cases)} runs on {1 if engine == 'one' else processes} processes")
         run(engine, cases, engine)
     run("one", [Case(RELAY, folder="../handed-on")], "end")
+    return complaints
 
-    table = Table("engine", "way", "loss", "norm", "dev loss", "adapter", "", box=None, pad_edge=False)
-    table.title = f"largest difference to one process ({TOLERANCE:g} is allowed)"
-    reference = STRAIGHT.path(folder / "one")
-    good = 0
-    rows = [(engine, case.name, case.path(folder / engine)) for engine in ["one", *engines] for case in GRID]
-    for engine, way, path in [*rows, ("all in turn", RELAY, folder / "handed-on")]:
-        found = difference(reference, path)
+
+def judged(engines: list[str], folder: Path, complaints: dict[tuple[str, str], str]) -> list[tuple[str, str, Difference, bool]]:
+    """(engine, way, difference to one process, is it small enough) of every run below `folder`."""
+    runs = [(engine, case.name, case.path(folder / engine)) for engine in ["one", *engines] for case in GRID]
+    results = []
+    for engine, way, path in [*runs, ("all in turn", RELAY, folder / "handed-on")]:
+        found = difference(STRAIGHT.path(folder / "one"), path)
         ok = found.within(TOLERANCE) and (engine, way) not in complaints
         if way == RESUMED.name:  # at one world size not close, but equal
             ok = ok and difference(STRAIGHT.path(folder / engine), path) == EQUAL
-        good += ok
-        table.add_row(engine, way, *(f"{value:.1e}" for value in asdict(found).values()), "[green]pass[/]" if ok else "[red]FAIL[/]")
-    console.print(table)
-    for (engine, way), words in complaints.items():
-        say(f"{engine}, {way}: {words}")
-    everything, minutes = len(rows) + 1, (time.monotonic() - began) / 60
-    where = f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else 'CPU'}, {processes} processes, {minutes:.1f} min"
-    say(f"verify: {'one curve' if good == everything else 'NOT one curve'}: {good} of {everything} pass ({where})")
-    return good == everything
+        results.append((engine, way, found, ok))
+    return results
 
 
 def main() -> None:

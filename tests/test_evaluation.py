@@ -240,13 +240,11 @@ def test_a_recipe_that_evaluates_needs_development_rows() -> None:
 
 
 class Ranks:
-    """The engine as one of several ranks sees it: its wrapper must not be called, for the others may not call theirs."""
+    """The engine as one of several ranks sees it: its wrapper must not be called, for DDP's would send buffers around."""
 
     def __init__(self, model: torch.nn.Module, rank: int, world: int) -> None:
         self.unwrapped = model
-        self.accelerator = SimpleNamespace(
-            process_index=rank, num_processes=world, device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", torch.bfloat16)
-        )
+        self.accelerator = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         self.values = values
@@ -257,17 +255,28 @@ class FakeRows(list):
     lengths = np.array([12])
 
 
-def test_development_loss_does_not_call_the_wrapper_that_waits_for_other_ranks(model: PreTrainedModel) -> None:
+def test_development_loss_takes_every_rank_through_the_model_equally_often(model: PreTrainedModel) -> None:
     rows = FakeRows([{"input_ids": list(range(12)), "supervised": [False] + [True] * 11, "lengths": [12]}])
+    calls = []
+    hook = model.register_forward_pre_hook(lambda module, _: calls.append(module.training))
     model.train()
     first, second = Ranks(model, 0, 2), Ranks(model, 1, 2)
     assert dev_loss(first, rows, 0, EVERYTHING, None) > 0
-    assert dev_loss(second, rows, 0, EVERYTHING, None) == 0
+    assert calls == [False]
+    assert dev_loss(second, rows, 0, EVERYTHING, None) == 0  # an engine that gathers its weights in a forward pass waits for this one
+    assert calls == [False, False]
+    hook.remove()
     assert (first.values[1], second.values[1]) == (11, 0)
     assert model.training
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected = summed_loss(model.eval(), collate(rows, 0)).double().item()
-    assert first.values[0] == expected
+    with torch.no_grad():
+        assert first.values[0] == summed_loss(model.eval(), collate(rows, 0)).double().item()
+
+
+def test_development_loss_is_cut_short_by_a_request_to_stop(model: PreTrainedModel) -> None:
+    rows = FakeRows([{"input_ids": list(range(12)), "supervised": [False] + [True] * 11, "lengths": [12]}])
+    model.train()
+    assert dev_loss(Ranks(model, 0, 1), rows, 0, EVERYTHING, None, stop=lambda: True) is None
+    assert model.training
 
 
 # --- memory
@@ -320,7 +329,7 @@ def evaluate(target: Path, *overrides: str, **named: str) -> Any:
     """scripts/evaluate.py in this process. Returns the report."""
     subject = subject_of(target, list(overrides), **named)
     try:
-        script("evaluate").run(subject)
+        script("evaluate").run(target, list(overrides), **named)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

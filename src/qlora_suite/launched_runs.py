@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -126,7 +126,7 @@ def difference(one: Path, other: Path) -> Difference:
     ours, theirs = (load_file(file) if (file := run / "final" / ADAPTER).is_file() else {} for run in (one, other))
     adapter = math.inf
     if ours and ours.keys() == theirs.keys():
-        adapter = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+        adapter = largest((ours[name] - theirs[name]).abs().max().item() for name in ours)
     return Difference(apart(a, b, "loss"), apart(a, b, "grad_norm"), apart(a, b, "dev_loss"), adapter)
 
 
@@ -135,7 +135,15 @@ def apart(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], key: s
     x, y = ({r["step"]: r[key] for r in records if r.get(key) is not None} for records in (a, b))
     if x.keys() != y.keys():
         return math.inf
-    return max((abs(x[step] - y[step]) / abs(x[step]) for step in x), default=0.0 if a and b else math.inf)
+    if not x:
+        return 0.0 if a and b else math.inf
+    return largest(abs(x[step] - y[step]) / abs(x[step]) for step in x)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Not `max`, which passes NaN over."""
+    known = list(values)
+    return math.inf if any(map(math.isnan, known)) else max(known)
 
 
 # ---- in the launched processes ----------------------------------------------------------------------------------------------------
