@@ -234,6 +234,17 @@ def test_tensorboard_gets_the_same_numbers(recipe: Path) -> None:
     assert logged == pytest.approx(column(metrics(run), "loss"))
 
 
+def test_wandb_goes_offline_by_itself_and_says_how_to_send_its_files(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = train(recipe, f"output.dir={recipe.parent}/wandb", "tracking.trackers=[wandb]", "train.max_steps=3")
+    assert list(run.glob("wandb/offline-run-*"))
+    assert f"wandb sync {run}/wandb/offline-run-*" in capsys.readouterr().out
+
+
 # --- refused
 
 
@@ -241,6 +252,24 @@ def test_accumulation_from_outside_is_refused(monkeypatch: pytest.MonkeyPatch) -
     """It would beat the recipe's and change every gradient."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps to 4.*train.rows_per_step"):
+        start()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    with pytest.raises(ValueError, match=r"8 processes were launched on this machine, which has 2 GPUs.*--num_processes 4"):
+        start()
+
+
+def test_fsdp1_and_offload_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP1.*fsdp_version: 2"):
+        start()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ValueError, match="fsdp_offload_params"):
         start()
 
 

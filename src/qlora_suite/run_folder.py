@@ -34,7 +34,7 @@ from qlora_suite.preemption import StopRequest
 from qlora_suite.prequantized import source_of
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import to_yaml
-from qlora_suite.tracking import Journal, Status, say
+from qlora_suite.tracking import Journal, Status, say, start_trackers, sync_command
 from qlora_suite.watchdog import explain_lost_peers
 
 SAME_FILES = ("data.source", "data.validation_source", "model.base", "model.revision")
@@ -128,7 +128,7 @@ class Run:
             self.status.write("running", state.step, self.num_steps, identity=now)
             write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
             if self.recipe.tracking.trackers:
-                self.accelerator.init_trackers(self.recipe.tracking.project, config=_scalars(self.recipe))
+                start_trackers(self.accelerator, self.recipe.tracking.project, self.path, _scalars(self.recipe))
         return state
 
     def resume_engine(self, engine: Engine, state: State) -> None:
@@ -286,6 +286,8 @@ class Run:
         if self.main:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+            if command := sync_command(self.recipe.tracking.trackers, self.path):
+                say(f"offline     the tracker's files can be sent from a machine with a network: {command}")
             request.honoured()
             self._end(state, net, tokenizer, outcome)
 

@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 import resource
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -80,6 +83,23 @@ class Status:
         self.state, self.identity = state, dict(identity) if identity is not None else self.identity
         values = {"state": state, "reason": reason, "step": step, "num_steps": num_steps, "attempt": self.attempt}
         write_json(self.path, {**values, "identity": self.identity})
+
+
+def start_trackers(accelerator: Accelerator, project: str, folder: Path, config: Mapping[str, Any]) -> None:
+    """Start the trackers that the accelerator was made with; their files go to `folder`.
+
+    On nodes without a network (HF_HUB_OFFLINE, which slurm/env.sh sets) W&B would wait for one: it goes offline, and `sync_command`
+    says how to send its files afterwards.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        os.environ.setdefault("WANDB_MODE", "offline")
+    accelerator.init_trackers(project, config=dict(config), init_kwargs={"wandb": {"dir": str(folder)}})
+
+
+def sync_command(trackers: Sequence[str], folder: Path) -> str | None:
+    """What sends an offline tracker's files, from a machine with a network; None if there is nothing to send."""
+    offline = "wandb" in trackers and os.environ.get("WANDB_MODE") == "offline"
+    return f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*" if offline else None
 
 
 class StepBar:
