@@ -10,6 +10,7 @@ benchmarks/compatibility.md and compatibility.json, with date and versions.
 """
 
 import datetime
+import importlib.metadata
 import itertools
 import shutil
 import sys
@@ -24,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.files import write_json, write_text
 from qlora_suite.launched_runs import CONFIGS, FAILED, ROOT, Case, difference, launch
-from qlora_suite.model import versions
+from qlora_suite.model import versions as versions_imported
 from qlora_suite.preparation import prepare, select
 from qlora_suite.recipe_file import load
 from qlora_suite.tracking import console, say
@@ -144,7 +145,8 @@ def run(engines: list[str], folder: Path, report: Path) -> bool:
             for cell, case in cases.items()
         }
     faults = [f"{TITLES[e]}, {name}: {what}" for e, found in outcomes.items() for name, what in found.items() if what.startswith(FAILED)]
-    made_by = ", ".join(f"{name} {version}" for name, version in versions().items())
+    versions = {**versions_imported(), "deepspeed": importlib.metadata.version("deepspeed")}
+    made_by = ", ".join(f"{name} {version}" for name, version in versions.items())
     head = [
         "# What can be combined",
         "",
@@ -157,7 +159,7 @@ def run(engines: list[str], folder: Path, report: Path) -> bool:
     write_text(
         report.with_suffix(".md"), "\n".join([*head, *table(outcomes, EVERY), "", *(f"- {fault}" for fault in faults)]).strip() + "\n"
     )
-    write_json(report.with_suffix(".json"), {"date": datetime.date.today().isoformat(), "versions": versions(), "outcomes": outcomes})
+    write_json(report.with_suffix(".json"), {"date": datetime.date.today().isoformat(), "versions": versions, "outcomes": outcomes})
     for line in [*table(outcomes, EVERY), *faults]:
         say(line)
     say(f"compatibility: {len(faults)} faults in {len(EVERY) * len(outcomes)} combinations; wrote {report.with_suffix('.md')}")

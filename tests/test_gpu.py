@@ -1,16 +1,26 @@
-"""What only a GPU can show: `pytest -m gpu` on a machine with one. Elsewhere these skip."""
+"""What only a GPU can show: `pytest -m gpu` on a machine with one. Elsewhere these skip.
 
+GPU_RESULTS=benchmarks/gpu.json pytest -m gpu       also records what was measured, with date, card and versions
+"""
+
+import datetime
 import json
+import os
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import MakeRecipe
-from in_process import column, metrics, prepared, train
+from conftest import OASST1, ROOT, MakeRecipe
+from in_process import column, metrics, prepared, script, train
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 from qlora_suite.checkpoint import ADAPTER
-from qlora_suite.model import BF16_CAPABILITY
+from qlora_suite.files import read_json, write_json
+from qlora_suite.model import BF16_CAPABILITY, versions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +32,23 @@ pytestmark = [
 def recipe(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     return prepared(make_recipe("train.max_steps=12", "previews.prompts=[Hello]", "previews.every_steps=4"))
+
+
+Record = Callable[..., None]
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Record:
+    """record(peak_memory_gib=9.1): kept by the test's name in the file that GPU_RESULTS names."""
+
+    def keep(**values: Any) -> None:
+        path = Path(os.environ["GPU_RESULTS"]) if "GPU_RESULTS" in os.environ else None
+        if path is not None:
+            known = read_json(path) if path.exists() else {}
+            made_by = {"date": datetime.date.today().isoformat(), "card": torch.cuda.get_device_name(), **versions()}
+            write_json(path, {**known, request.node.name: {**values, **made_by}})
+
+    return keep
 
 
 def facts(run: Path) -> dict:
@@ -61,3 +88,66 @@ def test_a_stopped_run_goes_on_bit_equal(recipe: Path, tmp_path: Path, name: str
     assert column(metrics(again), "loss") == column(metrics(whole), "loss")
     first, second = (load_file(run / "final" / ADAPTER) for run in (whole, again))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+PHI2 = PhiConfig(
+    vocab_size=51_200,
+    hidden_size=2560,
+    intermediate_size=10_240,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=2048,
+    partial_rotary_factor=0.4,
+)
+
+
+def test_phi2_trains_within_a_t4s_memory(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
+    """recipes/phi2_oasst1.yaml in fp16, with Phi-2's sizes and random weights, where no more than 14.7 GiB may be taken."""
+    cap, card = int(14.7 * 2**30), torch.cuda.get_device_properties(0)
+    if card.total_memory < cap:
+        pytest.skip(f"needs 14.7 GiB of GPU memory, found {card.total_memory / 2**30:.1f}")
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.float16)
+        try:
+            PhiForCausalLM(PHI2).save_pretrained(tmp_path / "phi2")
+        finally:
+            torch.set_default_dtype(torch.float32)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "phi2")
+    torch.cuda.empty_cache()
+    overrides = [
+        f"model.base={tmp_path / 'phi2'}",
+        f"data.source={OASST1}",
+        "data.split=by_tree",
+        f"data.prepared={tmp_path / 'prepared'}",
+        f"output.dir={tmp_path / 'run'}",
+        "train.max_steps=3",
+        "evaluation={}",
+        "previews.prompts=[]",
+    ]
+    recipe = prepared(ROOT / "recipes" / "phi2_oasst1.yaml", *overrides)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(name=card.name, total_memory=cap))
+    torch.cuda.set_per_process_memory_fraction(cap / card.total_memory)
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        run = train(recipe, *overrides)
+        peak = torch.cuda.max_memory_reserved() / 2**30
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    assert len(metrics(run)) == 3
+    assert peak <= 14.7
+    found = {key: facts(run)[key] for key in ("micro_batch", "gradient_checkpointing")}
+    record(peak_memory_gib=round(peak, 2), tokens_per_second=metrics(run)[-1]["tokens_per_second"], **found)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_every_engine_learns_one_curve_on_the_gpus(tmp_path: Path, record: Record) -> None:
+    verify = script("verify")
+    processes = torch.cuda.device_count()
+    complaints = verify.run_everything(verify.ENGINES, tmp_path, processes, gpu=True)
+    results = verify.judged(verify.ENGINES, tmp_path, complaints)
+    record(processes=processes, **{f"{engine}, {way}": vars(found) for engine, way, found, _ in results})
+    assert not complaints
+    assert all(ok for *_, ok in results), results
