@@ -72,9 +72,7 @@ Save = Callable[[int], Path]
 
 @pytest.fixture
 def save(tmp_path: Path, model: PeftModel, opt: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase) -> Save:
-    return lambda step: checkpoint.save(
-        tmp_path, State(step=step), model, trained(model, opt), tokenizer, "seed: 0\n", ("some/base", None)
-    )
+    return lambda step: checkpoint.save(tmp_path, State(step=step), model, trained(model, opt), tokenizer, "seed: 0\n", ("some/base", None))
 
 
 def names(folder: Path) -> list[str]:

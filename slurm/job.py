@@ -1,0 +1,248 @@
+#!/usr/bin/env python
+"""What the shell scripts beside this file ask about recipes and runs. It imports neither torch nor transformers: a quick answer.
+
+    python slurm/job.py check [--nodes 2 --processes 8] RECIPE CONFIG [key=value ...]     before anything is submitted: what is wrong?
+    python slurm/job.py fetch RECIPE [key=value ...]                                      on the login node: the base, into the hub's cache
+    python slurm/job.py begin [--nodes 2 --processes 8] RECIPE CONFIG [key=value ...]     when a job starts: is there something to do?
+    python slurm/job.py end RUN_DIR STAMP                                                 when it ends: how did it go?
+    python slurm/job.py task [--sweep FILE] [--grid key=v1,v2] INDEX RECIPE [key=value ...]     what does this task of an array train?
+
+Each prints lines for the shell; an error is one sentence on stderr and exit code 1.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from qlora_suite.batches import check_division
+from qlora_suite.dataset import load_manifest
+from qlora_suite.files import read_json, write_json
+from qlora_suite.preemption import REQUEST
+from qlora_suite.recipe import Recipe, curve_keys
+from qlora_suite.recipe_file import load
+
+MAX_STARTS = 3
+"""From one checkpoint: the first and two restarts. A run that then has made no new checkpoint will not make one by itself."""
+STARTS = "slurm_starts.json"
+
+
+# ---- before a job --------------------------------------------------------------------------------------------------------------
+
+
+def check(recipe: Recipe, config: Path, nodes: int, processes: int | None) -> None:
+    """Raises ValueError for what would only show after hours in the queue."""
+    check_config(config, nodes, processes)
+    if processes is not None:
+        check_division(recipe.train.rows_per_step, processes, recipe.train.micro_batch)
+    check_base(recipe)
+    load_manifest(recipe)
+
+
+def check_config(config: Path, nodes: int, processes: int | None) -> None:
+    """Raises ValueError if the accelerate config is not there, or would start other processes than the job has places for."""
+    if not config.is_file():
+        known = ", ".join(sorted(path.name for path in Path("accelerate_configs").glob("*.yaml")))
+        raise ValueError(f"there is no accelerate config at {config} (in accelerate_configs/: {known})")
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or "distributed_type" not in values:
+        raise ValueError(f"{config} is no accelerate config: it has no distributed_type")
+    # "NO" starts one process a node, whatever --num_processes says, and each of them would train alone
+    if values["distributed_type"] == "NO" and max(nodes, processes or 1) > 1:
+        wanted = f"{processes} processes" if processes else f"{nodes} nodes"
+        raise ValueError(
+            f"{config} runs one process (distributed_type: NO) but the job has {wanted}; take a config for several, e.g. ddp.yaml"
+        )
+
+
+def check_base(recipe: Recipe) -> None:
+    """Raises ValueError if the base is a hub id that compute nodes, being offline, would not find in the cache."""
+    if Path(recipe.model.base).is_dir():
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = try_to_load_from_cache(recipe.model.base, "config.json", revision=recipe.model.revision)
+    # fetch() leaves the config for the end, so where it is, the weights are
+    if not isinstance(found, str):
+        raise ValueError(
+            f"{recipe.model.base} is not in {constants.HF_HUB_CACHE}; on the login node run: bash slurm/prefetch.sh {recipe.command_line}"
+        )
+
+
+def fetch(recipe: Recipe) -> str:
+    """Download the base into the hub's cache; returns a sentence. Raises ValueError if the hub does not give it."""
+    if Path(recipe.model.base).is_dir():
+        return f"the base is the folder {recipe.model.base}"
+    from huggingface_hub import HfApi, snapshot_download
+
+    base, revision = recipe.model.base, recipe.model.revision
+    try:
+        names = [file.path for file in HfApi().list_repo_tree(base, revision=revision)]
+        weights = "*.safetensors*" if any(name.endswith(".safetensors") for name in names) else "*.bin*"
+        wanted = ["*.json", "*.txt", "*.model", "*.jinja", *([] if recipe.model.random_init else [weights])]
+        snapshot_download(base, revision=revision, allow_patterns=wanted, ignore_patterns=["config.json", "*/*"])
+        folder = snapshot_download(base, revision=revision, allow_patterns=["config.json"])
+    except Exception as error:  # the hub's client lets the errors of its HTTP library through
+        raise ValueError(f"{base} could not be fetched: {' '.join(str(error).split())}") from None
+    return f"the base {base} is in {folder}"
+
+
+# ---- a sweep -------------------------------------------------------------------------------------------------------------------
+
+
+def tasks(recipe: Path, sweep: Path | None, grids: Sequence[str], overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every task: each line of the file with each point of the grid. A task's output.dir is named for what it varies.
+
+    Raises ValueError if a grid is malformed or two tasks would write to one folder.
+    """
+    lines = [[]] if sweep is None else read_lines(sweep)
+    axes = [grid_axis(grid) for grid in grids]
+    varied = [[*line, *point] for line in lines for point in itertools.product(*axes)]
+    found = []
+    for own in varied:
+        everything = [*overrides, *own]
+        if not any(override.startswith("output.dir=") for override in own):
+            everything.append(f"output.dir={load(recipe, overrides).output.dir}-sweep/{folder_name(own)}")
+        found.append(everything)
+    folders = [load(recipe, task).output.dir for task in found]
+    if twice := next((folder for i, folder in enumerate(folders) if folder in folders[:i]), None):
+        raise ValueError(f"two tasks of the sweep would write to {twice}: let them differ, or give each its own output.dir")
+    return found
+
+
+def read_lines(path: Path) -> list[list[str]]:
+    """Overrides, those of one task in a line, quoted as in a shell; empty lines and # comments do not count."""
+    if not path.is_file():
+        raise ValueError(f"there is no sweep file at {path}")
+    lines = [words for line in path.read_text(encoding="utf-8").splitlines() if (words := shlex.split(line, comments=True))]
+    if not lines:
+        raise ValueError(f"{path} holds no task: write key=value ... in a line for each")
+    return lines
+
+
+def grid_axis(text: str) -> list[str]:
+    """`seed=0,1` -> ["seed=0", "seed=1"]; a comma inside brackets or quotes belongs to the value."""
+    key, sign, values = text.partition("=")
+    if not sign or not values:
+        raise ValueError(f"{text!r} is not an axis of a grid; write key=value1,value2")
+    return [f"{key}={value}" for value in re.findall(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""", values)]
+
+
+def folder_name(overrides: Sequence[str]) -> str:
+    """["seed=1", "optim.learning_rate=1e-4"] -> "seed=1,learning_rate=1e-4" """
+    short = ",".join(re.sub(r"^[\w.]*\.(?=\w+=)", "", override) for override in overrides)
+    return re.sub(r"[^\w.,=+-]+", "_", short)[:150]
+
+
+# ---- when a job starts and ends ------------------------------------------------------------------------------------------------
+
+
+def begin(recipe: Recipe) -> str:
+    """`finished` if nothing is left to do, else `train`; counts the starts from the newest checkpoint.
+
+    Raises ValueError if it was started MAX_STARTS times from there already.
+    """
+    run = Path(recipe.output.dir)
+    if is_finished(run, recipe):
+        return "finished"
+    newest = max((path.name for path in (run / "checkpoints").glob("step-*")), default="no checkpoint")
+    noted = read_json(run / STARTS) if (run / STARTS).exists() else {}
+    starts = noted["starts"] + 1 if noted.get("checkpoint") == newest else 1
+    if starts > MAX_STARTS:
+        raise ValueError(
+            f"{run} was started {MAX_STARTS} times from {newest} and made no new checkpoint, so it is not started again; "
+            f"its log says why it ended, and `bash slurm/submit.sh` (or removing {run / STARTS}) gives it another chance"
+        )
+    write_json(run / STARTS, {"checkpoint": newest, "starts": starts})
+    (run / REQUEST).unlink(missing_ok=True)  # of an earlier start that ended before it could honour it
+    return "train"
+
+
+def is_finished(run: Path, recipe: Recipe) -> bool:
+    """Is it, and is it this recipe's? Another one is for train.py to refuse, which says what differs."""
+    if not (run / "status.json").exists() or read_json(run / "status.json").get("state") != "finished":
+        return False
+    try:
+        return curve_keys(load(run / "recipe.yaml")) == curve_keys(recipe)
+    except ValueError:
+        return False
+
+
+def stamp(run: Path) -> str:
+    """Changes whenever status.json is written."""
+    try:
+        found = os.stat(run / "status.json")
+    except FileNotFoundError:
+        return "none"
+    return f"{found.st_ino}-{found.st_mtime_ns}"
+
+
+def end(run: Path, before: str) -> tuple[str, str]:
+    """How a start ended, and a sentence about it. `accelerate launch` turns every exit code into 1, so only status.json can say."""
+    if stamp(run) == before:
+        return "silent", "the run ended before it opened its folder; the lines above say why"
+    status = read_json(run / "status.json")
+    state, reason, where = status["state"], status.get("reason", ""), f"at step {status['step']} of {status['num_steps']}"
+    if state == "running":
+        return state, f"the run died {where} without a word: killed, out of memory, or a lost node"
+    return state, f"{state} {where}" + (f" ({reason})" if reason else "")
+
+
+# ---- command line --------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("check", "fetch", "begin", "end", "task"))
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--sweep", type=Path)
+    parser.add_argument("--grid", action="append", default=[])
+    parser.add_argument("words", nargs="+")
+    args = parser.parse_args()
+    try:
+        for line in answer(args):
+            print(line)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def answer(args: argparse.Namespace) -> list[str]:
+    if args.command == "end":
+        run, before = args.words
+        return list(end(Path(run), before))
+    if args.command == "task":
+        index, recipe_file, *overrides = args.words
+        found = tasks(Path(recipe_file), args.sweep, args.grid, overrides)
+        if int(index) >= len(found):
+            raise ValueError(f"the sweep has {len(found)} tasks, numbered from 0; the array asks for number {index}")
+        return found[int(index)]
+    if args.command == "fetch":
+        recipe_file, *overrides = args.words
+        return [fetch(load(recipe_file, overrides))]
+    recipe_file, config, *overrides = args.words
+    if args.command == "begin":
+        recipe = load(recipe_file, overrides)
+        check_config(Path(config), args.nodes, args.processes)
+        run = Path(recipe.output.dir)
+        return [begin(recipe), str(run), stamp(run)]
+    sweep = args.sweep is not None or bool(args.grid)
+    found = tasks(Path(recipe_file), args.sweep, args.grid, overrides) if sweep else [overrides]
+    recipes = [load(recipe_file, one) for one in found]
+    for recipe in recipes:
+        check(recipe, Path(config), args.nodes, args.processes)
+    runs = [Path(recipe.output.dir) for recipe in recipes]
+    return [f"{'finished' if is_finished(run, recipe) else 'open'} {run}" for run, recipe in zip(runs, recipes, strict=True)]
+
+
+if __name__ == "__main__":
+    main()
