@@ -4,7 +4,7 @@
     python scripts/compatibility.py                     every combination, some 10 minutes on two cores
     python scripts/compatibility.py --engines zero3     some
 
-A combination works if three steps of a random Phi of two small layers give the losses of one process, and a whole adapter; it is
+A combination works if three steps of a random Phi of two small layers give the curve of one process, and a whole adapter; it is
 refused if the suite says so before anything is loaded. Anything else is a fault, and the exit code is 1. Writes
 benchmarks/compatibility.md and compatibility.json, with date and versions.
 """
@@ -12,6 +12,7 @@ benchmarks/compatibility.md and compatibility.json, with date and versions.
 import datetime
 import importlib.metadata
 import itertools
+import math
 import shutil
 import sys
 from collections.abc import Iterable
@@ -23,16 +24,17 @@ from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_suite.command_line import parser_for, with_clear_errors
-from qlora_suite.files import write_json, write_text
+from qlora_suite.files import read_json, write_json, write_text
 from qlora_suite.launched_runs import CONFIGS, FAILED, ROOT, Case, difference, launch
 from qlora_suite.model import versions as versions_imported
 from qlora_suite.preparation import prepare, select
 from qlora_suite.recipe_file import load
-from qlora_suite.tracking import console, say
+from qlora_suite.tracking import console, read_journal, say
 
 QUANTIZATIONS, PRECISIONS = ("nf4", "int8", "none"), ("fp32", "bf16", "fp16")
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
-"""Of losses, relative to one process."""
+TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (2e-4, 5e-2), "fp16": (2e-4, math.inf)}
+"""Of losses and gradient norms, relative to one process. In these three steps the loss falls by some 2e-3 of itself. In fp16 the search
+for the loss scale may skip another first step on two processes, and a skipped step has no norm."""
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 OVERRIDES = [
     "data.max_examples=60",
@@ -97,10 +99,14 @@ def prepare_both(recipe: Path, overrides: list[str], folder: Path) -> None:
 def outcome_of(words: str, cell: Cell, run: Path, reference: Path) -> str:
     """`works`, `refused`, or what is wrong."""
     if words:
-        return words if words.startswith(FAILED) else "refused"
+        began = (run / "metrics.jsonl").exists()  # a refusal comes before anything is loaded
+        return f"{FAILED} {words.removeprefix(FAILED).strip()}" if words.startswith(FAILED) or began else "refused"
     found = difference(reference, run)
-    complete = found.adapter < float("inf")
-    return "works" if found.loss <= TOLERANCE[cell.precision] and complete else f"{FAILED} losses differ by {found.loss:.1e}"
+    applied = any(record.get("applied") for record in read_journal(run / "metrics.jsonl"))
+    complete = found.adapter < math.inf and applied
+    of_loss, of_norm = TOLERANCE[cell.precision]
+    good = found.loss <= of_loss and found.grad_norm <= of_norm and complete
+    return "works" if good else f"{FAILED} losses differ by {found.loss:.1e}, norms by {found.grad_norm:.1e}"
 
 
 def table(outcomes: dict[str, dict[str, str]], cells: Iterable[Cell]) -> list[str]:
@@ -130,18 +136,24 @@ def small_base(folder: Path) -> Path:
     return folder
 
 
-def run(engines: list[str], folder: Path, report: Path) -> bool:
-    """Walk every cell on CPU processes. True if each works or is refused."""
+def run(engines: list[str], folder: Path) -> None:
+    """Walk every cell on CPU processes; the runs stay in `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     overrides = [*OVERRIDES, f"model.base={small_base(folder / 'base')}"]
     prepare_both(RECIPE, overrides, folder)
-    outcomes: dict[str, dict[str, str]] = {}
     for engine in track(["one", *engines], description="combinations", console=console, disable=not console.is_terminal):
         say(f"{TITLES[engine]}: {len(EVERY)} combinations")
+        launch(engine, [cell.case(folder) for cell in EVERY], folder / engine, str(RECIPE), overrides, processes=2, gpu=False)
+
+
+def write_report(engines: list[str], folder: Path, report: Path) -> bool:
+    """Judge the runs in `folder`. True if each works or is refused."""
+    outcomes: dict[str, dict[str, str]] = {}
+    for engine in ["one", *engines]:
+        words = read_json(folder / engine / "outcomes.json")
         cases = {cell: cell.case(folder) for cell in EVERY}
-        words = launch(engine, list(cases.values()), folder / engine, str(RECIPE), overrides, processes=2, gpu=False)
         outcomes[engine] = {
-            case.name: outcome_of(words[case.name], cell, case.path(folder / engine), case.path(folder / "one"))
+            case.name: outcome_of(words[case.name], cell, *(case.path(folder / name) for name in (engine, "one")))
             for cell, case in cases.items()
         }
     faults = [f"{TITLES[e]}, {name}: {what}" for e, found in outcomes.items() for name, what in found.items() if what.startswith(FAILED)]
@@ -153,7 +165,8 @@ def run(engines: list[str], folder: Path, report: Path) -> bool:
         f"`python scripts/compatibility.py`, {datetime.date.today().isoformat()}, 2 processes on a CPU; {made_by}.",
         "",
         "Each cell stands for 12 runs: fp32, bf16, fp16, with and without gradient checkpointing, with and without packing. `works`: the",
-        "losses of one process (to 1e-5 in fp32, 1e-2 in 16 bits) and a whole adapter. `refused`: one sentence before anything is loaded.",
+        "losses and gradient norms of one process (to 1e-5 in fp32, 2e-4 and 5e-2 in bf16; in fp16 the losses to 2e-4, for the search for",
+        "the loss scale may skip another first step) and a whole adapter. `refused`: one sentence before anything is loaded.",
         "",
     ]
     write_text(
@@ -172,8 +185,12 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=engines, default=engines)
     parser.add_argument("--folder", type=Path, default=Path("runs/compatibility"), help="where the runs go")
     parser.add_argument("--report", type=Path, default=ROOT / "benchmarks" / "compatibility")
+    parser.add_argument("--judge-again", action="store_true", help="the runs that are there, without running anything")
     args = parser.parse_args()
-    if not run(args.engines, args.folder.resolve(), args.report):
+    folder = args.folder.resolve()
+    if not args.judge_again:
+        run(args.engines, folder)
+    if not write_report(args.engines, folder, args.report):
         sys.exit(1)
 
 

@@ -23,14 +23,14 @@ from qlora_suite.adapter import size
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import main
-from qlora_suite.engine import engine_for, name_of, seed_for
+from qlora_suite.engine import autocast, engine_for, name_of, seed_for
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import check_dev_rows, dev_loss
 from qlora_suite.generation import preview
 from qlora_suite.loss import collate, summed_loss
 from qlora_suite.micro_batch import choose, set_checkpointing
 from qlora_suite.preemption import StopRequest
-from qlora_suite.ranks import taking_turns, together
+from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Recipe
 from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.schedule import lr_at
@@ -46,14 +46,14 @@ def train(recipe: Recipe) -> None:
     stop = StopRequest(Path(recipe.output.dir))
     began = time.monotonic()
 
-    compatibility.check(recipe, name_of(accelerator))
-    sharded = name_of(accelerator) == compatibility.FSDP2
-
     # ---- data: prepared once by scripts/prepare_data.py; here only read ---------------------------------------------------
-    manifest = dataset.load_manifest(recipe)
-    folder = Path(recipe.data.prepared)
-    rows, dev = dataset.Rows(folder / "train.arrow"), dataset.Rows(folder / "dev.arrow")
-    check_division(recipe.train.rows_per_step, accelerator.num_processes, recipe.train.micro_batch)
+    with together(accelerator):  # a mistake is one sentence, however many processes there are
+        compatibility.check(recipe, name_of(accelerator))
+        manifest = dataset.load_manifest(recipe)
+        folder = Path(recipe.data.prepared)
+        rows, dev = dataset.Rows(folder / "train.arrow"), dataset.Rows(folder / "dev.arrow")
+        check_division(recipe.train.rows_per_step, accelerator.num_processes, recipe.train.micro_batch)
+        check_dev_rows(recipe.evaluation, len(dev))
     order = Order(
         seed=recipe.seed,
         lengths=rows.lengths,
@@ -63,14 +63,14 @@ def train(recipe: Recipe) -> None:
         group_by_length=not recipe.data.packing,
     )
     num_steps = order.num_steps
-    check_dev_rows(recipe.evaluation, len(dev))
 
     with (
         run_folder.open_run(recipe, accelerator, num_steps) as run,
         Watchdog(run.path, accelerator.process_index, hung_after * 60, accelerator.num_processes) as watch,
     ):
-        with together(accelerator):
-            identity = run_folder.identity(recipe, manifest)
+        with watch.allow("hashing the base"), together(accelerator):
+            identity = run_folder.identity(recipe, manifest) if accelerator.is_main_process else None
+        identity = gathered(accelerator, identity)[0]
         if run.finished:
             run.check_finished(identity)
             say_once(f"{run.path} is finished: {run.step} steps, result in {run.path / 'final'} (another output.dir trains anew)")
@@ -79,15 +79,52 @@ def train(recipe: Recipe) -> None:
         # ---- model, adapter, optimiser; then whatever a checkpoint knows better ---------------------------------------------
         tokenizer = run_folder.prepared_tokenizer(folder)
         renderer = Renderer(tokenizer, recipe.chat, RoleMarkers.from_json(manifest["role_markers"]))
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         with watch.allow("loading the base", minutes=hung_after * accelerator.num_processes):
             with taking_turns(accelerator):  # eight processes of a machine do not need eight copies in its memory
+                sharded = name_of(accelerator) == compatibility.FSDP2
                 net, base = build_model(recipe, manifest, dtype, accelerator.device, sharded)
-            state = run.resume(net, identity)
-            sizes, moments = size(net), optimizer.state_bytes(net)  # an engine may shard what is counted here
+            state = run.resume(net, identity, run_folder.precision_name(dtype))
+        net.train()
+
+        def trial(num_rows: int, checkpointing: bool) -> None:
+            """Does this micro-batch fit? Tried on the longest rows with every token supervised: no later step can be worse.
+
+            Before the engine: a rank that runs out of memory must not leave others waiting for its gradients, or for its weights.
+            """
+            watch.beat(f"the trial of {num_rows} rows")
+            set_checkpointing(base, checkpointing)
+            batch = collate([rows[r] for r in rows.lengths.argsort()[::-1][:num_rows]], pad_id).to(accelerator.device)
+            try:
+                with autocast(accelerator.device, dtype):
+                    loss_sum = summed_loss(net, replace(batch, supervised=batch.position_ids > 0))
+                loss_sum.backward()
+            finally:
+                net.zero_grad(set_to_none=True)
+
+        # Dropout draws its noise by micro-batch: there, and only there, a resumed run keeps the one that it began with.
+        if recipe.draws_noise and recipe.train.micro_batch == "auto" and state.micro_batch:
+            kept = dict(state.micro_batch)
+            checkpointing, limit = kept.pop("checkpointing"), Limit(**kept)
+        else:
+            limit, checkpointing = choose(
+                recipe.train,
+                recipe.train.rows_per_step // accelerator.num_processes,
+                int(rows.lengths.max()),
+                accelerator.device,
+                trial,
+                lambda largest: min(gathered(accelerator, largest)),
+                optimizer.state_bytes(net),
+            )
+        state.micro_batch = {**asdict(limit), "checkpointing": checkpointing}
+        set_checkpointing(base, checkpointing)
+
+        sizes = size(net)  # before an engine shards what is counted here
+        with watch.allow("starting the engine"):
             engine = engine_for(accelerator, net, optimizer.build(net, recipe.optim), dtype, recipe.optim.max_grad_norm)
             run.resume_engine(engine, state)
         set_timeout_of_every_group(process_group_timeout(hung_after))  # engines make groups of their own
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing)
 
         def backward_of(row_numbers: list[int], num_tokens: int, last: bool) -> torch.Tensor:
             """Forward and backward pass of one micro-batch. Returns its summed loss, a device scalar."""
@@ -96,18 +133,6 @@ def train(recipe: Recipe) -> None:
                 loss_sum = summed_loss(engine.model, batch)
                 engine.backward(loss_sum, num_tokens)
             return loss_sum.detach()
-
-        def trial(num_rows: int, checkpointing: bool) -> None:
-            """Does this micro-batch fit? Tried on the longest rows with every token supervised: no later step can be worse."""
-            watch.beat(f"the trial of {num_rows} rows")
-            set_checkpointing(base, checkpointing)
-            batch = collate([rows[r] for r in rows.lengths.argsort()[::-1][:num_rows]], pad_id).to(accelerator.device)
-            try:
-                # through the same engine as a step; `base` is the model inside `net`, which knows how to recompute its layers
-                with engine.accumulate(last=False):  # a rank that runs out of memory must not leave others waiting for its gradients
-                    engine.backward(summed_loss(engine.model, replace(batch, supervised=batch.position_ids > 0)), num_tokens=1)
-            finally:
-                engine.discard_gradients()
 
         def look_around() -> None:
             """Evaluation and previews where they are due: none of it changes the curve. A request to stop cuts them short, and the
@@ -124,20 +149,6 @@ def train(recipe: Recipe) -> None:
                     run.add_dev_loss(state, loss)
             if run.preview_due(state, engine):
                 run.add_preview(state.step, preview(engine, renderer, recipe.previews, asked))
-
-        net.train()
-        per_rank = recipe.train.rows_per_step // accelerator.num_processes
-        # Dropout draws its noise by micro-batch: there, and only there, a resumed run keeps the one that it began with.
-        if recipe.draws_noise and recipe.train.micro_batch == "auto" and state.micro_batch:
-            kept = dict(state.micro_batch)
-            checkpointing, limit = kept.pop("checkpointing"), Limit(**kept)
-        else:
-            limit, checkpointing = choose(
-                recipe.train, per_rank, int(rows.lengths.max()), accelerator.device, trial, engine.min_over_ranks, moments
-            )
-        state.micro_batch = {**asdict(limit), "checkpointing": checkpointing}
-        set_checkpointing(base, checkpointing)
-        run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing)
 
         # ---- the loop -------------------------------------------------------------------------------------------------------
         look_around()

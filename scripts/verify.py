@@ -57,7 +57,7 @@ def verify(engines: list[str], folder: Path, processes: int, gpu: bool) -> bool:
     """Everything that the page's head says. True if all differences are small enough."""
     began = time.monotonic()
     complaints = run_everything(engines, folder, processes, gpu)
-    results = judged(engines, folder, complaints)
+    results = judged(engines, folder, complaints, gpu)
     table = Table("engine", "way", "loss", "norm", "dev loss", "adapter", "", box=None, pad_edge=False)
     table.title = f"largest difference to one process ({TOLERANCE:g} is allowed)"
     for engine, way, found, ok in results:
@@ -96,14 +96,16 @@ def run_everything(engines: list[str], folder: Path, processes: int, gpu: bool) 
     return complaints
 
 
-def judged(engines: list[str], folder: Path, complaints: dict[tuple[str, str], str]) -> list[tuple[str, str, Difference, bool]]:
+def judged(
+    engines: list[str], folder: Path, complaints: dict[tuple[str, str], str], gpu: bool = False
+) -> list[tuple[str, str, Difference, bool]]:
     """(engine, way, difference to one process, is it small enough) of every run below `folder`."""
     runs = [(engine, case.name, case.path(folder / engine)) for engine in ["one", *engines] for case in GRID]
     results = []
     for engine, way, path in [*runs, ("all in turn", RELAY, folder / "handed-on")]:
         found = difference(STRAIGHT.path(folder / "one"), path)
         ok = found.within(TOLERANCE) and (engine, way) not in complaints
-        if way == RESUMED.name:  # at one world size not close, but equal
+        if way == RESUMED.name and not gpu:  # at one world size not close, but equal; a GPU's kernels may not even equal themselves
             ok = ok and difference(STRAIGHT.path(folder / engine), path) == EQUAL
         results.append((engine, way, found, ok))
     return results

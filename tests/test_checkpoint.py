@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -320,6 +321,19 @@ def test_an_untrained_adapter_may_be_zero(model: PeftModel, tmp_path: Path) -> N
     checkpoint.check_weights(tmp_path / name, tensors, trained=False)
     with pytest.raises(RuntimeError, match="lora_B"):
         checkpoint.check_weights(tmp_path / name, tensors, trained=True)
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_nothing_half(save: Save, tmp_path: Path) -> None:
+    """safetensors calls it by a name of its own; a periodic save that meets it must not end the run."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
+            save(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == []
+    save(1)
 
 
 # --- the optimiser

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qlora_suite import checkpoint
-from qlora_suite.engine import SCALE_SEARCH_STEPS, Engine, seed_for, start
+from qlora_suite.engine import SCALE_SEARCH_STEPS, Engine, _configure_deepspeed, seed_for, start
 from qlora_suite.preemption import StopRequest
 from qlora_suite.run_folder import Run
 
@@ -271,6 +272,42 @@ def test_fsdp1_and_offload_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     with pytest.raises(ValueError, match="fsdp_offload_params"):
         start()
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    with pytest.raises(ValueError, match=r"fsdp_activation_checkpointing.*train\.gradient_checkpointing"):
+        start()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "zero_stage is 1"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer_device to cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param_device to nvme"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping to 0.5.*optim.max_grad_norm"),
+        ({"bf16": {"enabled": True}}, "enables bf16.*round"),
+        ({"torch_autocast": {"enabled": True}}, "enables torch_autocast"),
+        ({"communication_data_type": "fp16"}, "sets communication_data_type, which may change"),
+        ({"optimizer": {"type": "AdamW"}}, "sets optimizer, which may change"),
+    ],
+)
+def test_a_deepspeed_config_that_would_change_the_curve_is_refused(settings: dict, sentence: str) -> None:
+    written_by_accelerate = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}},
+        "steps_per_print": math.inf,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+    }
+
+    def accelerator(config: dict) -> SimpleNamespace:
+        return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)))
+
+    _configure_deepspeed(accelerator(written_by_accelerate))
+    with pytest.raises(ValueError, match=sentence):
+        _configure_deepspeed(accelerator({**written_by_accelerate, **settings}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -49,6 +49,7 @@ SHORT = ("train.max_steps=3", "evaluation.every_steps=null", "previews.prompts=[
 STRAIGHT = Case("straight", ("train.micro_batch=4",))
 ACCUMULATED = Case("accumulated", ("train.micro_batch=1", "train.gradient_checkpointing=true"))
 RESUMED = Case("resumed", ("train.micro_batch=4",), killed_after=7)
+TRIED = Case("tried", ("train.micro_batch=4",), tried=True)
 BF16 = Case("bf16", ("train.micro_batch=4",), precision="bf16")
 BF16_RESUMED = Case("bf16 resumed", ("train.micro_batch=4",), precision="bf16", killed_after=7)
 FP16 = Case("fp16", ("train.micro_batch=4",), precision="fp16")
@@ -94,7 +95,20 @@ Outcomes = Callable[[str], dict[str, str]]
 def outcomes(recipe: Path, folder: Path) -> Outcomes:
     """outcomes("zero2") -> what became of each case there: nothing, or a refusal."""
     head_rows = Case(HEAD_ROWS.name, (*HEAD_ROWS.overrides, f"data.prepared={folder / 'all'}"))
-    cases = [STRAIGHT, ACCUMULATED, RESUMED, BF16, BF16_RESUMED, FP16, FP16_RESUMED, DROPOUT, DROPOUT_RESUMED, POISONED, POISONED_FP16]
+    cases = [
+        STRAIGHT,
+        ACCUMULATED,
+        RESUMED,
+        TRIED,
+        BF16,
+        BF16_RESUMED,
+        FP16,
+        FP16_RESUMED,
+        DROPOUT,
+        DROPOUT_RESUMED,
+        POISONED,
+        POISONED_FP16,
+    ]
     cases += [CLIPPED, EVERY_WEIGHT, head_rows, EIGHT_BIT, PAGED, INT8, DORA, DORA_RESUMED, TOO_FEW]
     cells = [Case(c.name, (*c.overrides, *SHORT), c.precision, folder=f"{c.name}") for c in (cell.case(folder) for cell in PAIRS)]
 
@@ -144,6 +158,11 @@ def test_the_curve_and_the_adapter_are_those_of_one_process(run: Found, engine: 
         assert (facts["engine"], facts["processes"]) == (NAMES[engine], 2)
     tokens = column(metrics(reference), "supervised_tokens")
     assert len(set(tokens)) > 5, "the steps must not be of one size"
+
+
+@every
+def test_trying_micro_batches_out_leaves_no_trace(run: Found, engine: str) -> None:
+    assert difference(run(engine, STRAIGHT), run(engine, TRIED)) == EQUAL
 
 
 @several
@@ -326,13 +345,32 @@ def test_zero3_with_nothing_kept_whole(recipe: Path, folder: Path, run: Found) -
     (folder / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     config["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero3.json"), "zero3_init_flag": False}
     (folder / "zero3.yaml").write_text(yaml.safe_dump(config))
-    cases = [STRAIGHT, RESUMED, Case("unquantised dora", ("adapter.dora=true", "model.quantization=none", *SHORT))]
+    nine = "train.rows_per_step=9"  # on three ranks, which cut most weights with a remainder
+    cases = [
+        Case(STRAIGHT.name, (nine, "train.micro_batch=3")),
+        Case(ACCUMULATED.name, (nine, *ACCUMULATED.overrides)),
+        Case(RESUMED.name, (nine, "train.micro_batch=3"), killed_after=7),
+        Case("unquantised dora", ("adapter.dora=true", "model.quantization=none", nine, *SHORT)),
+    ]
     where = folder / "strict"
-    found = launched_runs.launch("zero3", cases, where, str(recipe), [], processes=2, gpu=False, config=folder / "zero3.yaml")
-    assert found[STRAIGHT.name] == found[RESUMED.name] == "", found
-    assert difference(run("one", STRAIGHT), STRAIGHT.path(where)).within(1e-5)
+    reference = launched_runs.launch("one", cases, where / "one", str(recipe), [], processes=1, gpu=False)
+    found = launched_runs.launch("zero3", cases, where, str(recipe), [], processes=3, gpu=False, config=folder / "zero3.yaml")
+    assert not any(reference.values()), reference
+    assert not any(found.values()), found
+    for case in (STRAIGHT, ACCUMULATED):
+        assert difference(STRAIGHT.path(where / "one"), case.path(where)).within(1e-5)
     assert difference(STRAIGHT.path(where), RESUMED.path(where)) == EQUAL
-    assert found["unquantised dora"] == "", found
+    dora = [metrics(cases[3].path(folder)) for folder in (where / "one", where)]
+    assert max(apart(*dora, key) for key in ("loss", "grad_norm")) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["zero2", "fsdp"])
+def test_three_ranks(recipe: Path, folder: Path, engine: str) -> None:
+    nine = ("train.rows_per_step=9", "train.micro_batch=3")
+    cases = [Case(STRAIGHT.name, nine), Case(RESUMED.name, nine, killed_after=7)]
+    where = folder / f"three-{engine}"
+    assert launched_runs.launch(engine, cases, where, str(recipe), [], processes=3, gpu=False) == {case.name: "" for case in cases}
+    assert difference(STRAIGHT.path(where), RESUMED.path(where)) == EQUAL
 
 
 def test_two_machines(recipe: Path, folder: Path, run: Found) -> None:

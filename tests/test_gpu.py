@@ -147,7 +147,7 @@ def test_every_engine_learns_one_curve_on_the_gpus(tmp_path: Path, record: Recor
     verify = script("verify")
     processes = torch.cuda.device_count()
     complaints = verify.run_everything(verify.ENGINES, tmp_path, processes, gpu=True)
-    results = verify.judged(verify.ENGINES, tmp_path, complaints)
+    results = verify.judged(verify.ENGINES, tmp_path, complaints, gpu=True)
     record(processes=processes, **{f"{engine}, {way}": vars(found) for engine, way, found, _ in results})
     assert not complaints
     assert all(ok for *_, ok in results), results

@@ -35,3 +35,25 @@ def test_two_processes_learn_the_curve_of_one(make_recipe: MakeRecipe, tmp_path:
     ours, theirs = load_file(one / "final" / ADAPTER), load_file(two / "final" / ADAPTER)
     assert ours.keys() == theirs.keys()
     assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours)
+
+
+def launched(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([*LAUNCH, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_folder_that_is_not_shared_is_refused_at_the_start(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = prepared(make_recipe())
+    done = launched("tests/unshared.py", tmp_path, "scripts/train.py", recipe)
+    assert done.returncode != 0
+    assert done.stderr.count("output.dir must be on a disk that all nodes share") == 1
+    assert "starts in" not in done.stdout
+
+
+def test_a_mistake_is_said_once(make_recipe: MakeRecipe) -> None:
+    """Not once for each process; and not as the death of another."""
+    recipe = prepared(make_recipe("train.rows_per_step=7"))
+    done = launched("scripts/train.py", recipe)
+    assert done.returncode != 0
+    assert done.stderr.count("cannot be shared out: 2 processes") == 1
+    assert "another process of this run died" not in done.stderr

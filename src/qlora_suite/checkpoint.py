@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,8 @@ class State:
     """The step of the last whole evaluation on the development split: one that a request interrupts is made up for."""
     processes: int = 0
     """How many there were when this was saved."""
+    precision: str = ""
+    """What it was computed in."""
     micro_batch: dict[str, Any] | None = None
     """`rows`, `tokens` and `checkpointing` of a forward pass, as found by trial."""
     identity: dict[str, Any] = field(default_factory=dict)
@@ -103,10 +106,12 @@ class Trained:
     optimizer_numbers: dict[str, Any]
 
 
-def trained(model: nn.Module, engine: Engine) -> Trained:
-    """Collect what `model` has learnt under its engine. All ranks must call it."""
+def trained(model: nn.Module, engine: Engine) -> Trained | None:
+    """Collect what `model` has learnt under its engine. All ranks must call it; the main process alone gets it."""
     parameters = engine.full_parameters()
     tensors, numbers = engine.optimizer_state()
+    if not engine.accelerator.is_main_process:
+        return None
     file, weights = in_file(model, parameters)
     return Trained(file, weights, tensors, numbers)
 
@@ -163,9 +168,9 @@ def save(
     try:
         if isinstance(model, PeftModel):
             write_adapter_config(model, aside, *base)
-        save_file({k: v.contiguous() for k, v in learnt.weights.items()}, aside / learnt.file, metadata={"format": "pt"})
+        write_tensors({k: v.contiguous() for k, v in learnt.weights.items()}, aside / learnt.file)
         check_weights(aside / learnt.file, learnt.weights, trained=state.step > state.skipped_steps)
-        save_file(learnt.optimizer, aside / "optimizer.safetensors")
+        write_tensors(learnt.optimizer, aside / "optimizer.safetensors")
         tokenizer.save_pretrained(aside)
         write_json(aside / "state.json", {**asdict(state), "optimizer_numbers": learnt.optimizer_numbers})
         (aside / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
@@ -179,6 +184,14 @@ def save(
     if complaint := complaint_about_checkpoint(final):
         raise RuntimeError(f"{final} does not read back as it was written: {complaint}")
     return final
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises OSError where the disk is full; safetensors has an error of its own for it, which is none."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def seal(folder: Path) -> None:

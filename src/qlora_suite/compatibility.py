@@ -1,4 +1,4 @@
-"""What does not work with what, said before a model is loaded. Everything else was seen to work: `scripts/verify.py --table` walks
+"""What does not work with what, said before a model is loaded. Everything else was seen to work: scripts/compatibility.py walks
 quantisation x engine x precision x checkpointing x packing x DoRA and writes benchmarks/compatibility.md.
 
 The rules are facts about torch 2.13, deepspeed 0.19, peft 0.21 and bitsandbytes 0.50: the tests walk the refused combinations, too.
@@ -7,7 +7,6 @@ The rules are facts about torch 2.13, deepspeed 0.19, peft 0.21 and bitsandbytes
 from qlora_suite.recipe import Recipe
 
 ONE, DDP, ZERO2, ZERO3, FSDP2 = "one process", "DDP", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3", "FSDP2"
-ENGINES = (ONE, DDP, ZERO2, ZERO3, FSDP2)
 
 
 def check(recipe: Recipe, engine: str) -> None:

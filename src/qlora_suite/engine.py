@@ -20,7 +20,7 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from qlora_suite import compatibility
 from qlora_suite import optimizer as optimizers
 from qlora_suite.model import compute_dtype
+from qlora_suite.ranks import gathered, together
 from qlora_suite.sharding import whole
 
 SCALE_SEARCH_STEPS = 16
@@ -41,6 +42,11 @@ SCALE_SEARCH_STEPS = 16
 TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Where a tracker's package is not called as the tracker."""
 TRUE = ("true", "1", "yes")
+DEEPSPEED_KEYS = {
+    *("zero_optimization", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"),
+    *("steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "bf16", "fp16", "torch_autocast"),
+}
+"""Of a DeepSpeed config: those that accelerate writes, and those that are checked below."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 
@@ -72,7 +78,10 @@ def start(
     accelerator = Accelerator(mixed_precision="no", log_with=list(trackers) or None, project_dir=folder)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator)
-    return accelerator, _agreed(compute_dtype(state.device, asked), accelerator)
+    with together(accelerator):
+        mine = compute_dtype(state.device, asked)
+    # where the cards differ, the oldest decides: an older card says fp16, a newer one bf16
+    return accelerator, max(gathered(accelerator, mine), key=[torch.float32, torch.bfloat16, torch.float16].index)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -92,6 +101,12 @@ def _check_environment() -> None:
             f"{processes} processes were launched on this machine, which has {gpus} GPU{'s'[: gpus > 1]}, one for each process; use "
             f"--num_processes {gpus * int(os.environ.get('WORLD_SIZE', processes)) // processes}"
         )
+    for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in TRUE:
+            raise ValueError(
+                f"the accelerate config asks for {name.lower()}, under which ranks share rows, and here every rank has its own; use one of "
+                "accelerate_configs/"
+            )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", "auto"):
         raise ValueError(
@@ -106,6 +121,11 @@ def _check_environment() -> None:
             )
         if os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() in TRUE:
             raise ValueError("fsdp_offload_params moves 4-bit weights in a way that they do not survive; remove it")
+        if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() in TRUE:
+            raise ValueError(
+                "fsdp_activation_checkpointing renames the weights, so that nothing could read what is saved; remove it: the recipe's "
+                "train.gradient_checkpointing does it, by itself where memory is short"
+            )
         # Every rank loads the base itself, in turn; accelerate's way would leave all but the first with empty 4-bit weights.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
@@ -125,7 +145,7 @@ def _check_device(device: torch.device) -> None:
 
 
 def _check_world(state: PartialState) -> None:
-    """Raises ValueError if the processes that were launched did not find each other, or have to share a GPU."""
+    """Raises ValueError if the processes that were launched did not find each other."""
     asked_for = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != asked_for:
         raise ValueError(
@@ -154,14 +174,21 @@ def _configure_deepspeed(accelerator: Accelerator) -> None:
     clipping = config.get("gradient_clipping", "auto")
     if clipping not in ("auto", "none", None):
         raise ValueError(f"the accelerate config sets gradient_clipping to {clipping}; the recipe's optim.max_grad_norm does; remove it")
+    for key in ("bf16", "fp16", "torch_autocast"):
+        if config.get(key, {}).get("enabled", "auto") in (True, "true"):
+            raise ValueError(
+                f"the DeepSpeed config enables {key}, which would round trained weights or gradients to 16 bits; remove it, and set "
+                "mixed_precision in the accelerate config, or nothing: it follows the hardware"
+            )
+    if unknown := sorted(config.keys() - DEEPSPEED_KEYS):
+        raise ValueError(
+            f"the DeepSpeed config sets {', '.join(unknown)}, which may change what is learnt and is not tried here; remove it (known: "
+            f"{', '.join(sorted(DEEPSPEED_KEYS))})"
+        )
+    if zero["stage"] == 3:  # DeepSpeed's defaults would keep all of a 4-bit base of 7 B parameters gathered
+        zero.setdefault("stage3_max_live_parameters", 100_000_000)
+        zero.setdefault("stage3_max_reuse_distance", 100_000_000)
     config.update(gradient_accumulation_steps=1, train_micro_batch_size_per_gpu=1)  # micro-batches are marked by `accumulate`
-
-
-def _agreed(dtype: torch.dtype, accelerator: Accelerator) -> torch.dtype:
-    """One type for all ranks: where the cards differ, the oldest decides."""
-    by_age = [torch.float32, torch.bfloat16, torch.float16]  # an older card says fp16, a newer one bf16
-    mine = torch.tensor([by_age.index(dtype)], device=accelerator.device)
-    return by_age[int(accelerator.gather(mine).max())]
 
 
 def stand_in_for_gpus(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
@@ -205,9 +232,11 @@ class Engine:
             model.forward = autocast(accelerator.device, dtype)(model.forward)
         # accelerate has no scaler on a CPU, and `step_was_skipped` is wrong for fused AdamW: this one is ours.
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=dtype == torch.float16)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.model, self.optimizer = self._wrap(model, optimizer)
         """What to call in training, and what `step` applies."""
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert list(self.parameters) == names, "wrapping has renamed the weights: nobody could read what is saved"
 
     def _wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         return self.accelerator.prepare_model(model), optimizer
@@ -241,10 +270,6 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm, applied
 
-    def discard_gradients(self) -> None:
-        """Forget what `backward` has added, as if it had not run."""
-        self.optimizer.zero_grad(set_to_none=True)
-
     def check_nonfinite(self, in_a_row: int, limit: int, step_rows: Sequence[int]) -> None:
         """Raises ValueError after `limit` steps in a row that could not be applied. fp16 gets a few more, to find its scale."""
         if self.dtype == torch.float16 and self.loss_scale() >= 1:
@@ -262,12 +287,27 @@ class Engine:
     # -- what is saved and restored
 
     def full_parameters(self) -> dict[str, Tensor]:
-        """Every trained parameter, whole, on the CPU, by its name in the unwrapped model. All ranks must call it."""
-        return {name: whole(p.detach()).cpu() for name, p in self.parameters.items()}
+        """Every trained parameter, whole, on the CPU, by its name in the unwrapped model.
+
+        All ranks must call it; the main process alone gets them, so that a machine holds them once.
+        """
+        return self._collected({name: lambda p=p: whole(p.detach()) for name, p in self.parameters.items()})
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors (whole, on the CPU) and plain numbers, as `name:key`; the same under every engine. All ranks must call it."""
-        return optimizers.state_tensors(self.optimizer, self.parameters)
+        """Tensors (whole, on the CPU) and plain numbers, as `name:key`; the same under every engine.
+
+        All ranks must call it; the main process alone gets them.
+        """
+        return optimizers.state_tensors(self.optimizer, self.parameters, keep=self.accelerator.is_main_process)
+
+    def _collected(self, gather: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+        """Call all, and keep the results on the main process."""
+        kept = {}
+        for name, whole_tensor in gather.items():
+            tensor = whole_tensor()
+            if self.accelerator.is_main_process:
+                kept[name] = tensor.detach().cpu().clone()
+        return kept
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Put back what `optimizer_state` gave, under whichever engine it was."""
@@ -282,10 +322,6 @@ class Engine:
             self.scaler.load_state_dict(dict(state))
 
     # -- what ranks tell each other
-
-    def min_over_ranks(self, value: int) -> int:
-        """The smallest of the processes' values."""
-        return int(self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).min())
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """Each value summed over the processes, in float64."""
@@ -318,6 +354,9 @@ class Zero(Engine):
     def _wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
         config["gradient_clipping"] = self.max_grad_norm
+        # By default DeepSpeed holds 2 GB for gradients in flight; all of an adapter's are less.
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        config["zero_optimization"].setdefault("reduce_bucket_size", min(trained, 500_000_000))
         wrapped, _ = self.accelerator.prepare(model, optimizer)
         wrapped = self.accelerator.deepspeed_engine_wrapped.engine
         if wrapped.zero_optimization_partition_weights():
@@ -362,12 +401,6 @@ class Zero(Engine):
         self.model.step()
         return float(self.model.get_global_grad_norm()), self.model.was_step_applied()
 
-    def discard_gradients(self) -> None:
-        before = self.state()
-        self._poison()
-        self.model.step()
-        self.load_state(before)  # a step that was not meant must not lower the loss scale
-
     def _poison(self) -> None:
         """Make DeepSpeed skip the step, and clear everything it keeps for it, in its own way."""
         for gradients in self.optimizer.averaged_gradients.values():
@@ -377,7 +410,7 @@ class Zero(Engine):
     def full_parameters(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {name: safe_get_full_fp32_param(p).detach().cpu().reshape(shape_of(p)) for name, p in self.parameters.items()}
+        return self._collected({name: lambda p=p: safe_get_full_fp32_param(p).reshape(shape_of(p)) for name, p in self.parameters.items()})
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -385,15 +418,15 @@ class Zero(Engine):
         states = list(self.optimizer.optimizer.state.values())
         if not states:  # no step has been applied yet
             return {}, {}
-        tensors = {}
+        gather = {}
         for name, p in self.parameters.items():
-            tensors[f"{name}:step"] = states[0]["step"].detach().cpu().clone()
+            gather[f"{name}:step"] = lambda: states[0]["step"]
             for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{name}:{key}"] = safe_get_full_optimizer_state(p, key).detach().cpu().reshape(shape_of(p)).clone()
-        return tensors, {}
+                gather[f"{name}:{key}"] = lambda p=p, key=key: safe_get_full_optimizer_state(p, key).reshape(shape_of(p))
+        return self._collected(gather), {}
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         assert not numbers, f"torch's AdamW keeps tensors alone, found {sorted(numbers)[:3]}"
         if not tensors:
@@ -413,7 +446,17 @@ class Zero(Engine):
             zero._lazy_init_hp_params_optimizer_state()
         for name, p in self.parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(p, tensors[f"{name}:{key}"].to(self.accelerator.device), key)
+                value = tensors[f"{name}:{key}"].to(self.accelerator.device)
+                if stage3:  # safe_set_full_optimizer_state fails where the last rank's part is padded
+                    safe_set_local_optimizer_state(p, self._part_of(value, p), key)
+                else:
+                    safe_set_full_optimizer_state(p, value, key)
+
+    def _part_of(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of a whole tensor, as ZeRO-3 cuts it: flat, in equal parts, the last padded with zeros."""
+        size, rank = parameter.partition_numel(), self.accelerator.process_index
+        part = value.flatten()[rank * size : (rank + 1) * size]
+        return nn.functional.pad(part, (0, size - part.numel()))
 
     def loss_scale(self) -> float:
         return float(self.optimizer.loss_scale)

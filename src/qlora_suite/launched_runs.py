@@ -29,6 +29,7 @@ from qlora_suite.command_line import quiet_libraries
 from qlora_suite.engine import stand_in_for_gpus
 from qlora_suite.files import read_json, write_json
 from qlora_suite.preemption import REQUEST
+from qlora_suite.ranks import EndedByAnotherRank
 from qlora_suite.recipe_file import load
 from qlora_suite.run_folder import Run
 from qlora_suite.tracking import console, read_journal
@@ -54,6 +55,8 @@ class Case:
     """Is asked to stop after this step: somebody else goes on."""
     poisoned_at: int | None = None
     """In this step the last rank's loss is not a number."""
+    tried: bool = False
+    """Micro-batches are tried out before, as on a GPU."""
     folder: str | None = None
     """The run's folder; its name, unless it goes on with somebody else's."""
 
@@ -173,7 +176,7 @@ def run_case(case: Case, recipe: str, overrides: Sequence[str], folder: Path) ->
     """Nothing if it ran, else the words of a refusal (ValueError), or FAILED and an error. What it prints goes to a log."""
     train, place = train_script(), case.path(folder)
     os.environ["ACCELERATE_MIXED_PRECISION"] = case.precision
-    log = place.with_name(place.name + ".log") if rank() == 0 else Path(os.devnull)
+    log = place.with_name(place.name + (f".rank{rank()}.log" if rank() else ".log"))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, printing_to(file), contextlib.ExitStack() as during:
         try:
@@ -185,9 +188,11 @@ def run_case(case: Case, recipe: str, overrides: Sequence[str], folder: Path) ->
                 during.enter_context(after_step(case.stopped_after, (place / REQUEST).touch))
             if case.poisoned_at is not None:
                 during.enter_context(poisoned(train, case.poisoned_at))
+            if case.tried:
+                during.enter_context(trying(train))
             with fresh_accelerator():
                 train.train(values)
-        except ValueError as error:
+        except (ValueError, EndedByAnotherRank) as error:
             return str(error)
         except Exception as error:  # the others go on: it failed on all ranks, or a collective's time limit ends them
             traceback.print_exc(file=file)
@@ -247,6 +252,24 @@ def poisoned(train: ModuleType, step: int) -> Iterator[None]:
         yield
     finally:
         train.summed_loss, train.seed_for = known_loss, known_seed
+
+
+@contextlib.contextmanager
+def trying(train: ModuleType) -> Iterator[None]:
+    """Run the trials of a micro-batch, each rank another number, although a CPU has no need of them."""
+    known = train.choose
+
+    def choose(*args: Any) -> Any:
+        trial = args[4]
+        for num_rows in range(1, 3 + rank()):
+            trial(num_rows, num_rows == 1)
+        return known(*args)
+
+    train.choose = choose
+    try:
+        yield
+    finally:
+        train.choose = known
 
 
 @contextlib.contextmanager

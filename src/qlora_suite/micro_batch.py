@@ -28,13 +28,14 @@ def choose(
     longest: int,
     device: torch.device,
     trial: Callable[[int, bool], None],
-    min_over_ranks: Callable[[int], int],
+    agree: Callable[[int], int],
     reserved: int = 0,
 ) -> tuple[Limit, bool]:
     """(what goes through at once, gradient_checkpointing) as the recipe says, or the fastest that fits where it says `auto`.
 
     `auto` limits tokens, not rows, so that short rows go through together. `trial(rows, checkpointing)` runs
-    forward and backward on the longest rows; out of memory means it does not fit.
+    forward and backward on the longest rows; out of memory means it does not fit. It must not wait for other ranks, which may try
+    another size at that moment; `agree` gives the smallest of all ranks' values.
     `reserved` bytes must stay free for what the trial does not hold yet: the optimiser's state.
     Without checkpointing comes first: recomputing costs a third more work, a smaller micro-batch costs little.
     Raises ValueError if nothing fits.
@@ -48,7 +49,7 @@ def choose(
         return Limit(sizes[0], sizes[0] * longest), modes[0]
     for checkpointing in modes:
         largest = next((n for n in sizes if _fits(lambda n=n, c=checkpointing: trial(n, c), device, reserved)), 0)
-        agreed = min_over_ranks(largest)
+        agreed = agree(largest)
         if agreed:
             return Limit(rows_per_rank if auto else agreed, agreed * longest), checkpointing
     total = torch.cuda.get_device_properties(device).total_memory / 2**30

@@ -31,16 +31,21 @@ def state_bytes(model: nn.Module) -> int:
     return 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def state_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state by parameter name: tensors as `name:key`, whole and on the CPU, and plain numbers.
 
-    Where parameters are sharded (DTensors), all ranks must call it.
+    Where parameters are sharded (DTensors), all ranks must call it; those that do not `keep` get nothing.
     """
     tensors, numbers = {}, {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensor = whole(value).detach().cpu().contiguous()
+                gathered = whole(value)
+                if not keep:
+                    continue
+                tensor = gathered.detach().cpu().contiguous()
                 # bitsandbytes shares its tables between parameters, which safetensors refuses.
                 tensors[f"{name}:{key}"] = tensor.clone() if key.startswith("qmap") else tensor
             else:

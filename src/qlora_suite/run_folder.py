@@ -8,6 +8,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from typing import Any
 import accelerate.utils.other
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file
@@ -32,6 +33,7 @@ from qlora_suite.files import write_json, write_text
 from qlora_suite.model import base_fingerprint, load_config, versions
 from qlora_suite.preemption import StopRequest
 from qlora_suite.prequantized import source_of
+from qlora_suite.ranks import gathered, together
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import to_yaml
 from qlora_suite.tracking import Journal, Status, say, start_trackers, sync_command
@@ -42,6 +44,8 @@ SAME_FILES = ("data.source", "data.validation_source", "model.base", "model.revi
 
 
 ON_REQUEST = "on a request to stop"
+SEEN_WITHIN_SECONDS = 60.0
+"""A network file system may take its time to show a new file to another node."""
 BASE = "base (commit, or hash of its files)"
 
 
@@ -61,8 +65,11 @@ def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
 def open_run(recipe: Recipe, accelerator: Accelerator, num_steps: int) -> Iterator["Run"]:
     """Hold the recipe's output.dir while the run writes to it; an error is noted in status.json before it goes on."""
     path = Path(recipe.output.dir)
-    with checkpoint.lock(path) if accelerator.is_main_process else contextlib.nullcontext():
-        accelerator.wait_for_everyone()
+    with contextlib.ExitStack() as held:
+        with together(accelerator):
+            if accelerator.is_main_process:
+                held.enter_context(checkpoint.lock(path))
+        _check_shared(path, accelerator)
         run = Run(recipe, path, accelerator, num_steps)
         try:
             with explain_lost_peers():
@@ -70,7 +77,30 @@ def open_run(recipe: Recipe, accelerator: Accelerator, num_steps: int) -> Iterat
         except BaseException as error:
             if accelerator.is_main_process and not run.finished:
                 run.status.write("failed", run.step, num_steps, f"{type(error).__name__}: {error}")
+            for tracker in accelerator.trackers if accelerator.is_main_process else ():
+                with contextlib.suppress(Exception):
+                    tracker.finish()  # or its last numbers would be lost
             raise
+
+
+def _check_shared(path: Path, accelerator: Accelerator) -> None:
+    """Raises ValueError unless every process sees what the first one writes: a resumed run reads it on all nodes."""
+    word = gathered(accelerator, uuid.uuid4().hex)[0]
+    probe = path / ".shared"
+    with together(accelerator):
+        if accelerator.is_main_process:
+            probe.write_text(word)
+    with together(accelerator):
+        until = time.monotonic() + SEEN_WITHIN_SECONDS
+        while not accelerator.is_main_process and not (probe.is_file() and probe.read_text() == word):
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"process {accelerator.process_index} on {platform.node()} does not see what the first one writes to {path}; "
+                    "output.dir must be on a disk that all nodes share"
+                )
+            time.sleep(0.05)
+    if accelerator.is_main_process:
+        probe.unlink()
 
 
 class Run:
@@ -82,7 +112,8 @@ class Run:
         self.checkpoints = path / "checkpoints"
         self.status = Status(path / "status.json")
         self.step = self.status.step
-        self.finished = self.status.state == "finished" and checkpoint.complaint_about_checkpoint(path / "final") is None
+        done = self.main and self.status.state == "finished" and checkpoint.complaint_about_checkpoint(path / "final") is None
+        self.finished: bool = gathered(accelerator, done)[0]
         """The status says so and the result is whole; a damaged result is written again from the last checkpoint."""
         self.failed_saves = 0
         self.resumed_from: Path | None = None
@@ -93,27 +124,23 @@ class Run:
         """Raises ValueError if a finished run was started again with other curve keys."""
         checkpoint.check_identity(self.status.identity, now, self.path)
 
-    def resume(self, net: nn.Module, now: Mapping[str, Any]) -> State:
+    def resume(self, net: nn.Module, now: Mapping[str, Any], precision: str) -> State:
         """Load the newest good checkpoint's weights, before an engine shards them, or begin.
 
-        Raises ValueError if it belongs to another recipe, data set or base, or if not every process finds it.
+        Raises ValueError if it belongs to another recipe, data set or base.
         """
-        if self.main:
-            if self.recipe.output.mirror and not checkpoint.steps(self.checkpoints):
-                self._restore_from_mirror(Path(self.recipe.output.mirror))
-            self.resumed_from = checkpoint.latest(self.checkpoints)  # it sets damaged ones aside
-        self.resumed_from = broadcast_object_list([self.resumed_from])[0]
-        found = self.resumed_from
+        with together(self.accelerator):
+            if self.main:
+                if self.recipe.output.mirror and not checkpoint.steps(self.checkpoints):
+                    self._restore_from_mirror(Path(self.recipe.output.mirror))
+                self.resumed_from = checkpoint.latest(self.checkpoints)  # it sets damaged ones aside
+        self.resumed_from = found = gathered(self.accelerator, self.resumed_from)[0]
         state = State(identity=dict(now))
-        if found is not None:
-            if not (found / checkpoint.MANIFEST).is_file():
-                raise ValueError(
-                    f"process {self.accelerator.process_index} does not see {found}, which the first one wrote; output.dir must be on a "
-                    "disk that all nodes share"
-                )
-            state = checkpoint.read_state(found)
-            checkpoint.check_identity(state.identity, now, self.path)
-            checkpoint.load_weights(found, net)
+        with together(self.accelerator):
+            if found is not None:
+                state = checkpoint.read_state(found)
+                checkpoint.check_identity(state.identity, now, self.path)
+                checkpoint.load_weights(found, net)
         self.step = state.step
         if self.main:
             say(f"goes on from {found}" if found else f"starts in {self.path}")
@@ -123,6 +150,8 @@ class Run:
                     f"not exact: {before} saved it and {now_on} go on, where adapter.dropout or neftune_noise_alpha draws other noise "
                     "(at 0 the curve would be the same)"
                 )
+            if found and state.precision not in ("", precision):
+                say(f"not exact: it was computed in {state.precision} and goes on in {precision}, in which the base is rounded otherwise")
             self.metrics = Journal(self.path / "metrics.jsonl", state.step)
             self.previews = Journal(self.path / "previews.jsonl", state.step)
             self.status.write("running", state.step, self.num_steps, identity=now)
@@ -145,7 +174,7 @@ class Run:
             return
         world = self.accelerator.num_processes
         servable, because = servable_as(self.recipe, manifest)
-        precision = str(engine.dtype).removeprefix("torch.")
+        precision = precision_name(engine.dtype)
         rows_per_step = self.recipe.train.rows_per_step
         write_json(
             self.path / "run.json",
@@ -249,17 +278,18 @@ class Run:
         OSError if the run cannot go on without this one (`required`).
         """
         saved = True
-        state.scaler, state.processes = engine.state(), self.accelerator.num_processes
+        state.scaler, state.processes, state.precision = engine.state(), self.accelerator.num_processes, precision_name(engine.dtype)
         learnt = checkpoint.trained(net, engine)
-        if self.main:
-            try:
-                self._save(state, net, learnt, tokenizer)
-            except OSError as error:
-                if required:
-                    raise
-                saved, self.failed_saves = False, self.failed_saves + 1
-                say(f"checkpoint at step {state.step} FAILED ({error}); training goes on from memory, failed so far: {self.failed_saves}")
-        self.accelerator.wait_for_everyone()
+        with together(self.accelerator):
+            if learnt is not None:
+                try:
+                    self._save(state, net, learnt, tokenizer)
+                except OSError as error:
+                    if required:
+                        raise
+                    saved, self.failed_saves = False, self.failed_saves + 1
+                    said = f"checkpoint at step {state.step} FAILED ({error}); training goes on from memory"
+                    say(f"{said}, failed so far: {self.failed_saves}")
         return saved
 
     def _save(self, state: State, net: nn.Module, learnt: Trained, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -282,7 +312,8 @@ class Run:
 
     def end(self, state: State, net: nn.Module, tokenizer: PreTrainedTokenizerBase, outcome: str, request: StopRequest) -> None:
         """Write `final/` if the run is over (its last step, or early stopping), else say how to go on."""
-        self.accelerator.wait_for_everyone()  # all have seen the request
+        with together(self.accelerator):  # the request stays until all have seen it
+            pass
         if self.main:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -359,6 +390,10 @@ def _save_pretrained(net: nn.Module, folder: Path, weights: dict[str, Tensor]) -
         net.save_pretrained(folder, state_dict=weights)
     finally:
         accelerate.utils.other.is_deepspeed_available = known
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _processes(count: int) -> str:
