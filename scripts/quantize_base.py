@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Quantise a recipe's base once, so that every later start loads a quarter of the bytes instead of quantising them again.
+"""Quantise a recipe's base once, so that every later start loads a third of the bytes (Phi-2) instead of quantising them again.
 
     python scripts/quantize_base.py recipes/phi2_oasst1.yaml bases/phi2-nf4
     python scripts/quantize_base.py recipes/phi2_oasst1.yaml bases/phi2-nf4-bf16 --storage bfloat16

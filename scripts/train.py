@@ -84,7 +84,7 @@ def train(recipe: Recipe) -> None:
             with taking_turns(accelerator):  # eight processes of a machine do not need eight copies in its memory
                 sharded = name_of(accelerator) == compatibility.FSDP2
                 net, base = build_model(recipe, manifest, dtype, accelerator.device, sharded)
-            state = run.resume(net, identity, run_folder.precision_name(dtype))
+            state = run.resume(net, identity, run_folder.rounding(recipe, dtype))
         net.train()
 
         def trial(num_rows: int, checkpointing: bool) -> None:

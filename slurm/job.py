@@ -18,9 +18,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from qlora_suite import compatibility
 from qlora_suite.batches import check_division
 from qlora_suite.dataset import load_manifest
 from qlora_suite.files import read_json, write_json
@@ -31,6 +33,8 @@ from qlora_suite.recipe_file import load
 MAX_STARTS = 3
 """From one checkpoint: the first and two restarts. A run that then has made no new checkpoint will not make one by itself."""
 STARTS = "slurm_starts.json"
+SAME_FILES = ("data.source", "data.validation_source", "model.base", "model.revision")
+"""They only name files; train.py compares what stands in them."""
 
 
 # ---- before a job --------------------------------------------------------------------------------------------------------------
@@ -38,15 +42,34 @@ STARTS = "slurm_starts.json"
 
 def check(recipe: Recipe, config: Path, nodes: int, processes: int | None) -> None:
     """Raises ValueError for what would only show after hours in the queue."""
-    check_config(config, nodes, processes)
+    values = check_config(config, nodes, processes)
+    compatibility.check(recipe, engine_of(values))
+    run = Path(recipe.output.dir)
+    if (run / "recipe.yaml").is_file():
+        then, now = (curve_keys(one) for one in (load(run / "recipe.yaml"), recipe))
+        changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in SAME_FILES)
+        if changed:
+            raise ValueError(f"the run in {run} was started with other values of {', '.join(changed)}; put them back, or set output.dir")
     if processes is not None:
         check_division(recipe.train.rows_per_step, processes, recipe.train.micro_batch)
     check_base(recipe)
     load_manifest(recipe)
 
 
-def check_config(config: Path, nodes: int, processes: int | None) -> None:
-    """Raises ValueError if the accelerate config is not there, or would start other processes than the job has places for."""
+def engine_of(config: dict[str, Any]) -> str:
+    """The engine that an accelerate config asks for, in compatibility.py's words. Raises ValueError for FSDP1."""
+    if config["distributed_type"] == "FSDP":
+        if (config.get("fsdp_config") or {}).get("fsdp_version", 1) != 2:
+            raise ValueError("the accelerate config asks for FSDP1; set fsdp_version: 2, as accelerate_configs/fsdp.yaml does")
+        return compatibility.FSDP2
+    if config["distributed_type"] == "DEEPSPEED":
+        stage = (config.get("deepspeed_config") or {}).get("zero_stage", 2)
+        return compatibility.ZERO3 if stage == 3 else compatibility.ZERO2
+    return compatibility.ONE if config["distributed_type"] == "NO" else compatibility.DDP
+
+
+def check_config(config: Path, nodes: int, processes: int | None) -> dict[str, Any]:
+    """The accelerate config. Raises ValueError if it is not there, or would start other processes than the job has places for."""
     if not config.is_file():
         known = ", ".join(sorted(path.name for path in Path("accelerate_configs").glob("*.yaml")))
         raise ValueError(f"there is no accelerate config at {config} (in accelerate_configs/: {known})")
@@ -62,6 +85,7 @@ def check_config(config: Path, nodes: int, processes: int | None) -> None:
         raise ValueError(
             f"{config} runs one process (distributed_type: NO) but the job has {wanted}; take a config for several, e.g. ddp.yaml"
         )
+    return values
 
 
 def check_base(recipe: Recipe) -> None:

@@ -116,6 +116,10 @@ test_only() { # nodes wanted, sbatch's arguments
 test_only "$NODES" "${TRAIN[@]}"
 if [[ "$EVALUATE" == true ]]; then test_only 1 "${EVALUATION[@]}"; fi
 
+if [[ -z "$GPUS" && -z "${SBATCH_GPUS_PER_NODE:-}${SBATCH_GRES:-}${SBATCH_GPUS:-}" ]]; then
+  echo "no GPUs are asked for (--gpus-per-node G, or slurm/env.sh): the nodes' CPUs will train"
+fi
+
 # ---- submit ---------------------------------------------------------------------------------------------------------------------
 if [[ "$DRY_RUN" == false ]]; then
   mkdir -p "$LOGS" # SLURM makes no folder for a log, and without one the job fails in silence

@@ -256,6 +256,23 @@ def test_accumulation_from_outside_is_refused(monkeypatch: pytest.MonkeyPatch) -
         start()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_what_needs_gpus_does_not_quietly_become_something_else_on_a_cpu(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match=rf"asks for {engine}, which needs GPUs"):
+        start()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_config_for_several_gpus_without_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match=r"meant for a GPU, but torch sees none"):
+        start()
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

@@ -109,6 +109,11 @@ def test_a_key_of_another_suite_is_answered_with_where_it_lives_here(minimal: Pa
         load(minimal, [override])
 
 
+def test_an_accelerate_config_is_no_recipe() -> None:
+    with pytest.raises(ValueError, match=r"ddp\.yaml is an accelerate config, not a recipe"):
+        load(ROOT / "accelerate_configs" / "ddp.yaml")
+
+
 def test_no_key_of_ours_is_called_foreign() -> None:
     assert not FOREIGN.keys() & {part for key in CURVE + FREE for part in key.split(".")}
 

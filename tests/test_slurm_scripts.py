@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 from conftest import ROOT, MakeRecipe
+from in_process import prepared
 
 from qlora_suite.preemption import REQUEST
 from qlora_suite.recipe_file import load, to_yaml
@@ -51,6 +52,37 @@ def test_two_tasks_never_share_a_folder(job: ModuleType, make_recipe: MakeRecipe
 
 
 # ---- starts --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "sentence"),
+    [
+        ("fsdp", "model.quantization=int8", "int8 does not work under FSDP2"),
+        ("deepspeed_zero2", "optim.name=adamw_8bit", "adamw_8bit does not work under DeepSpeed ZeRO-2"),
+        ("deepspeed_zero3", "adapter.dora=true", "adapter.dora does not work"),
+        ("ddp", "seed=1", "was started with other values of seed"),
+        ("ddp", "optim.name=adamw_8bit", None),
+    ],
+)
+def test_what_a_job_would_refuse_is_refused_before_it_is_queued(
+    job: ModuleType, make_recipe: MakeRecipe, config: str, override: str, sentence: str | None
+) -> None:
+    recipe = prepared(make_recipe())
+    values = load(recipe, [override])
+    run = Path(values.output.dir)
+    run.mkdir()
+    started = load(recipe, ["seed=0", *([] if "seed" in override else [override])])
+    (run / "recipe.yaml").write_text(to_yaml(started))
+    if sentence is None:
+        job.check(values, ROOT / "accelerate_configs" / f"{config}.yaml", 1, 2)
+        return
+    with pytest.raises(ValueError, match=sentence):
+        job.check(values, ROOT / "accelerate_configs" / f"{config}.yaml", 1, 2)
+
+
+def test_fsdp1_is_refused_before_it_is_queued(job: ModuleType) -> None:
+    with pytest.raises(ValueError, match="FSDP1"):
+        job.engine_of({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}})
 
 
 def test_three_starts_from_one_checkpoint_are_the_last(job: ModuleType, make_recipe: MakeRecipe) -> None:

@@ -126,7 +126,7 @@ def check_division(rows_per_step: int, world: int, micro_batch: int | str) -> No
     if rows_per_step < world:
         raise ValueError(
             f"train.rows_per_step is {rows_per_step} but there are {world} processes, so some would have nothing to do; "
-            f"use at most {rows_per_step} processes or raise train.rows_per_step"
+            f"use at most {rows_per_step} processes (accelerate launch --num_processes {rows_per_step}) or raise train.rows_per_step"
         )
     unit = world * (micro_batch if isinstance(micro_batch, int) else 1)
     if rows_per_step % unit:

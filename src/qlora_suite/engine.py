@@ -72,10 +72,16 @@ def start(
         os.environ["ACCELERATE_USE_CPU"] = "true"  # bitsandbytes and our precision rule know CUDA and the CPU
     # Accelerator() would read this by itself, but the state is made before it, to know the device that decides the precision
     state = PartialState(cpu=_asks_for_cpu(), timeout=timeout)
-    _check_device(state.device)
+    _check_device(state)
     _check_world(state)
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     accelerator = Accelerator(mixed_precision="no", log_with=list(trackers) or None, project_dir=folder)
+    for name, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in TRUE and accelerator.distributed_type != kind:
+            raise ValueError(
+                f"the accelerate config asks for {name}, which needs GPUs; on CPUs accelerate would run something else without a word: use "
+                "accelerate_configs/cpu.yaml, or ddp.yaml with ACCELERATE_USE_CPU=true"
+            )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator)
     with together(accelerator):
@@ -130,14 +136,15 @@ def _check_environment() -> None:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
-def _check_device(device: torch.device) -> None:
+def _check_device(state: PartialState) -> None:
     """Raises ValueError if a GPU was meant, or is there, and the run would quietly use the CPU instead."""
-    if device.type != "cpu":
+    if state.device.type != "cpu":
         return
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower()  # set by `accelerate launch`, and by a person who means it
     hidden = "CUDA_VISIBLE_DEVICES" in os.environ
     unusable = not asked and not hidden and Path("/proc/driver/nvidia/version").exists()
-    if asked not in ("", *TRUE) or unusable:
+    alone = not _asks_for_cpu() and state.num_processes < int(os.environ.get("WORLD_SIZE", "1"))  # a config for several GPUs
+    if asked not in ("", *TRUE) or unusable or alone:
         raise ValueError(
             "this is meant for a GPU, but torch sees none and would quietly use the CPU; see `nvidia-smi` and `python -m "
             "torch.utils.collect_env` (README: torch for your machine), or use accelerate_configs/cpu.yaml or ACCELERATE_USE_CPU=true"

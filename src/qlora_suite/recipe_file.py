@@ -81,9 +81,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path} does not hold keys and values")
+    if "distributed_type" in tree:
+        raise ValueError(
+            f"{path} is an accelerate config, not a recipe; accelerate launch takes it as --config_file, slurm/submit.sh as CONFIG"
+        )
     for override in overrides:
         _apply(tree, override)
-    recipe = from_dict(tree, str(path))
+    recipe = from_dict(tree, f"{path} with {' '.join(overrides)}" if overrides else str(path))
     recipe._command_line = shlex.join([str(path), *overrides])
     return recipe
 

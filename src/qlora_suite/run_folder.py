@@ -32,7 +32,7 @@ from qlora_suite.engine import Engine
 from qlora_suite.files import write_json, write_text
 from qlora_suite.model import base_fingerprint, load_config, versions
 from qlora_suite.preemption import StopRequest
-from qlora_suite.prequantized import source_of
+from qlora_suite.prequantized import record_of, source_of
 from qlora_suite.ranks import gathered, together
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import to_yaml
@@ -151,7 +151,7 @@ class Run:
                     "(at 0 the curve would be the same)"
                 )
             if found and state.precision not in ("", precision):
-                say(f"not exact: it was computed in {state.precision} and goes on in {precision}, in which the base is rounded otherwise")
+                say(f"not exact: it was computed in {state.precision} and goes on in {precision}")
             self.metrics = Journal(self.path / "metrics.jsonl", state.step)
             self.previews = Journal(self.path / "previews.jsonl", state.step)
             self.status.write("running", state.step, self.num_steps, identity=now)
@@ -278,7 +278,8 @@ class Run:
         OSError if the run cannot go on without this one (`required`).
         """
         saved = True
-        state.scaler, state.processes, state.precision = engine.state(), self.accelerator.num_processes, precision_name(engine.dtype)
+        state.scaler, state.processes = engine.state(), self.accelerator.num_processes
+        state.precision = rounding(self.recipe, engine.dtype)
         learnt = checkpoint.trained(net, engine)
         with together(self.accelerator):
             if learnt is not None:
@@ -394,6 +395,14 @@ def _save_pretrained(net: nn.Module, folder: Path, weights: dict[str, Tensor]) -
 
 def precision_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def rounding(recipe: Recipe, dtype: torch.dtype) -> str:
+    """What a run is computed in, and what its quantised base was rounded to before, where that is another type."""
+    record = record_of(recipe.model.base)
+    if record is None or record["precision"] == precision_name(dtype):
+        return precision_name(dtype)
+    return f"{precision_name(dtype)} on a base rounded to {record['precision']}"
 
 
 def _processes(count: int) -> str:
