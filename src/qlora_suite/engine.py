@@ -79,8 +79,8 @@ def start(
     for name, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in TRUE and accelerator.distributed_type != kind:
             raise ValueError(
-                f"the accelerate config asks for {name}, which needs GPUs; on CPUs accelerate would run something else without a word: use "
-                "accelerate_configs/cpu.yaml, or ddp.yaml with ACCELERATE_USE_CPU=true"
+                f"the accelerate config asks for {name}, which needs GPUs and several processes; here accelerate would run something else "
+                "without a word: use accelerate_configs/single_gpu.yaml or cpu.yaml, or ddp.yaml with ACCELERATE_USE_CPU=true"
             )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator)
