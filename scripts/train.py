@@ -72,7 +72,8 @@ def train(recipe: Recipe) -> None:
             identity = run_folder.identity(recipe, manifest) if accelerator.is_main_process else None
         identity = gathered(accelerator, identity)[0]
         if run.finished:
-            run.check_finished(identity)
+            with together(accelerator):
+                run.check_finished(identity)
             say_once(f"{run.path} is finished: {run.step} steps, result in {run.path / 'final'} (another output.dir trains anew)")
             return
 
@@ -193,7 +194,8 @@ def train(recipe: Recipe) -> None:
                 )
                 bar.advance(state.step, f"loss {loss:.3f}  {state.tokens / state.seconds:,.0f} tokens/s")
                 if not applied:
-                    engine.check_nonfinite(state.skipped_in_a_row, recipe.train.max_nonfinite_steps, step_rows)
+                    with together(accelerator):
+                        engine.check_nonfinite(state.skipped_in_a_row, recipe.train.max_nonfinite_steps, step_rows)
 
                 look_around()
                 outcome, last = run.reason_to_stop(state, engine, stop, time.monotonic() - began), state.step == num_steps

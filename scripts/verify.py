@@ -35,7 +35,6 @@ OVERRIDES = [
     "data.max_examples=120",
     "data.max_length=256",
     "train.max_steps=10",
-    "train.rows_per_step=8",
     "optim.warmup_steps=2",
     # AdamW divides by sqrt(v) + eps: at 1e-8 a gradient that is zero but for rounding still moves its weight by the whole rate
     "optim.eps=1e-6",

@@ -192,7 +192,7 @@ def _configure_deepspeed(accelerator: Accelerator) -> None:
             f"the DeepSpeed config sets {', '.join(unknown)}, which may change what is learnt and is not tried here; remove it (known: "
             f"{', '.join(sorted(DEEPSPEED_KEYS))})"
         )
-    if zero["stage"] == 3:  # DeepSpeed's defaults would keep all of a 4-bit base of 7 B parameters gathered
+    if zero["stage"] == 3:  # by default DeepSpeed keeps 1e9 elements gathered: all of a 4-bit base of 2 B weights, two in an element
         zero.setdefault("stage3_max_live_parameters", 100_000_000)
         zero.setdefault("stage3_max_reuse_distance", 100_000_000)
     config.update(gradient_accumulation_steps=1, train_micro_batch_size_per_gpu=1)  # micro-batches are marked by `accumulate`

@@ -252,7 +252,7 @@ class Run:
         if early := self.reason_to_stop_early(state):
             return early
         limit = self.recipe.stop.after_minutes
-        if engine.any_rank(limit is not None and seconds >= limit * 60):
+        if limit is not None and engine.any_rank(seconds >= limit * 60):
             return f"after {limit:g} minutes, as stop.after_minutes asks"
         return ON_REQUEST if engine.any_rank(request.asked()) else ""
 
