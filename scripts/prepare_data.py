@@ -96,7 +96,7 @@ def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     if recipe.data.packing:
         table.add_row("padding in packed rows", *(f"{counts[split]['padding_share']:.1%}" for split in ("train", "dev")), "-")
     console.print(table)
-    if recipe.data.split == "by_tree":
+    if recipe.data.split == "by_hash":
         say("the validation split is a demonstration cut by a hash of the tree id, not the published one")
 
 

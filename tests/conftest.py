@@ -84,7 +84,7 @@ def write_recipe(folder: Path, base: Path, source: Path, *overrides: str) -> Pat
         "model": {"base": str(base)},
         "data": {
             "source": str(source),
-            "split": "by_tree",
+            "split": "by_hash",
             "policy": "all_paths",
             "dev_share": 0.1,
             "prepared": str(folder / "prepared"),

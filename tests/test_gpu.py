@@ -117,7 +117,7 @@ def test_phi2_trains_within_a_t4s_memory(tiny_base: Path, tmp_path: Path, monkey
     overrides = [
         f"model.base={tmp_path / 'phi2'}",
         f"data.source={OASST1}",
-        "data.split=by_tree",
+        "data.split=by_hash",
         f"data.prepared={tmp_path / 'prepared'}",
         f"output.dir={tmp_path / 'run'}",
         "train.max_steps=3",

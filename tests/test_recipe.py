@@ -30,10 +30,12 @@ CURVE = _words("""
     seed
     model.base model.revision model.quantization model.double_quantization model.random_init
     data.source data.revision data.validation_source data.split data.validation_share data.dev_share data.policy
+    data.form data.fields data.roles data.same_role data.tool_turns data.learn_after data.learn_until data.weight data.sets
+    data.replies.min_words data.replies.max_words data.replies.weights
     data.filters.languages data.filters.drop_deleted data.filters.drop_synthetic data.filters.drop_failed_review
     data.filters.min_chars data.filters.max_chars
     data.max_examples data.max_length data.too_long data.packing
-    chat.format chat.role_markers chat.system_prompt chat.loss_on chat.escape_markers
+    chat.format chat.role_markers chat.system_prompt chat.template_arguments chat.rewritten_history chat.loss_on chat.escape_markers
     adapter.rank adapter.alpha adapter.dropout adapter.targets adapter.rslora adapter.dora adapter.neftune_noise_alpha
     adapter.init adapter.allow_partial
     optim.name optim.learning_rate optim.schedule optim.warmup_steps optim.min_learning_rate_ratio optim.weight_decay
@@ -175,7 +177,7 @@ TEXT = ("chat.format=text",)
         (("model.random_init=true",), "model: random_init needs quantization: none"),
         (("model.random_init=true", "model.quantization=none"), "model.random_init makes sense with adapter: none alone"),
         (("data.validation_share=0.1",), "data: validation_share has no effect with split: published"),
-        (("data.validation_source=x", "data.split=by_tree"), "data: validation_source has no effect with split: by_tree"),
+        (("data.validation_source=x", "data.split=by_hash"), "data: validation_source has no effect with split: by_hash"),
         (("chat.format=llama2", "chat.role_markers=special"), "chat: role_markers: special has no effect with format: llama2"),
         (("chat.system_prompt=Be kind.",), "chat: format: oasst has no place for a system_prompt"),
         ((*TEXT, "chat.escape_markers=true"), "chat: escape_markers has no effect with format: text"),
@@ -190,6 +192,27 @@ TEXT = ("chat.format=text",)
         (("adapter.init=orthogonal",), "adapter.init: orthogonal needs an unquantised base"),
         (("data.too_long=split",), "data.too_long: split is for chat.format: text"),
         (("data.policy=each_message",), "data.policy: each_message gives plain texts; set chat.format: text"),
+        (("chat.template_arguments={enable_thinking: false}",), "chat: template_arguments has no effect with format: oasst"),
+        (("chat.rewritten_history=refuse",), "chat: rewritten_history has no effect with format: oasst"),
+        (("chat.format=chatml", "chat.escape_markers=true"), "chat: escape_markers has no effect with format: chatml"),
+        (("data.policy=all_paths", "data.form=alpaca"), "data: policy has no effect on rows of form: alpaca"),
+        (("data.form=oasst", "data.roles={customer: user}"), "data: roles has no effect on rows of form: oasst"),
+        ((*TEXT, "data.form=text", "data.same_role=keep"), "data: same_role has no effect on rows of form: text"),
+        (("data.form=alpaca", "data.learn_after=['A:']"), "data: learn_after has no effect on rows of form: alpaca"),
+        (("data.learn_after=['A:']",), "data.learn_after is for chat.format: text"),
+        ((*TEXT, "data.learn_until=['Q:']"), "data: learn_until has no effect without learn_after"),
+        (
+            ("data.form=alpaca", "data.fields={prompt: question}"),
+            "data: fields: prompt is no part of a row of form: alpaca; known: history",
+        ),
+        (("data.form=text",), "data.form: text does not go with chat.format: oasst"),
+        ((*TEXT, "data.form=messages"), "data.form: messages does not go with chat.format: text"),
+        (("data.tool_turns=keep",), "data.tool_turns: keep needs chat.format: model"),
+        (("data.replies={min_words: 9, max_words: 3}",), "data.replies: max_words is 3, below min_words: 9"),
+        (("data.replies.weights=[{weight: 2}, {up_to_words: 9, weight: 1}]",), "data.replies: weights must stand in rising order"),
+        (("data.sets=[{source: a}]",), "data: source: has no effect beside data.sets"),
+        (("data.source=null",), "data: source: missing"),
+        (("data.source=null", "data.sets=[{weight: 2.0}]"), "data: sets.0.source: missing"),
         ((*TEXT, "data.policy=all_paths"), "chat.format: text has no roles; data.policy: all_paths gives conversations"),
     ],
 )

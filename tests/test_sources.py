@@ -125,13 +125,13 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
 def test_validation_source_is_the_validation_split(tmp_path):
     train, validation = jsonl(tmp_path / "a.jsonl", ROWS), jsonl(tmp_path / "b.jsonl", ROWS[:1])
     assert sources.load(data(train, validation_source=validation)) == {"train": ROWS, "validation": ROWS[:1]}
-    assert sources.load(data((train, validation), split="by_tree")) == {"all": ROWS + ROWS[:1]}
+    assert sources.load(data((train, validation), split="by_hash")) == {"all": ROWS + ROWS[:1]}
 
 
 def test_a_published_split_without_validation_says_what_to_do(tmp_path):
     file = jsonl(tmp_path / "a" / "chats.jsonl", ROWS)
     for source in (file, str(tmp_path / "a")):
-        with pytest.raises(ValueError, match=r"holds none.*validation_source.*by_tree"):
+        with pytest.raises(ValueError, match=r"holds none.*validation_source.*by_hash"):
             sources.load(data(source))
     jsonl(tmp_path / "b" / "validation.jsonl", ROWS)
     with pytest.raises(ValueError, match=r"no file named train\*"):

@@ -51,7 +51,7 @@ def describe_data(recipe: Recipe, manifest: dict[str, Any], found: Sequence[Exce
     """What was scored, and what was not because it does not fit."""
     source = recipe.data.validation_source or recipe.data.source
     name = source if isinstance(source, str) else ", ".join(source)
-    kind = {"published": "validation split", "by_tree": "held-out trees of a demonstration split, not the published one", "all": "all"}
+    kind = {"published": "validation split", "by_hash": "held-out trees of a demonstration split, not the published one", "all": "all"}
     answers = sum(t.role == "assistant" and t.learn for e in found for t in e.conversation.turns)
     return {
         "data": {

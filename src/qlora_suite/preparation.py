@@ -71,7 +71,7 @@ def select(data: Data) -> Selection:
         _drop_repeats(selection)
     _check_disjoint(selection.splits)
     if data.max_examples is not None:
-        kept = _first_by_tree(selection.splits["train"], data.max_examples)
+        kept = _first_by_hash(selection.splits["train"], data.max_examples)
         selection.capped = len(selection.splits["train"]) - len(kept)
         selection.splits["train"] = kept
     return selection
@@ -82,7 +82,7 @@ def _split_of(group: str, loaded_as: str, data: Data) -> str:
     if loaded_as == "validation":
         return "validation"
     share = 0.2 if data.validation_share is None else data.validation_share
-    if data.split == "by_tree" and oasst1.split_of(group, share, salt="validation"):
+    if data.split == "by_hash" and oasst1.split_of(group, share, salt="validation"):
         return "validation"
     return "dev" if oasst1.split_of(group, data.dev_share, salt="dev") else "train"
 
@@ -103,11 +103,11 @@ def _check_disjoint(splits: dict[str, list[Conversation]]) -> None:
     if shared:
         raise ValueError(
             f"{len(shared)} trees stand in both train and validation, e.g. {min(shared)}; a validation score would be worthless: "
-            "remove them from one, or let data.split: by_tree cut the split"
+            "remove them from one, or let data.split: by_hash cut the split"
         )
 
 
-def _first_by_tree(conversations: list[Conversation], count: int) -> list[Conversation]:
+def _first_by_hash(conversations: list[Conversation], count: int) -> list[Conversation]:
     """The first `count` in the order of their trees' hashes: whole trees, chosen at random once and for all; file order is kept."""
     order = sorted(range(len(conversations)), key=lambda i: (hashlib.sha256(conversations[i].group.encode()).digest(), i))
     chosen = set(order[:count])

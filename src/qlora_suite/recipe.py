@@ -6,12 +6,15 @@ Keys are of two kinds. A *curve* key changes what is learnt, so a run refuses to
 key (marked `free(...)` below) changes only speed, memory, what is saved and what is shown.
 """
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Pairs = (AfterValidator(lambda mapping: tuple(mapping.items())), PlainSerializer(dict))
+"""A mapping in YAML, held as pairs, which are frozen: dict(...) makes the mapping again."""
 
 
 def free(default: Any, **kwargs: Any) -> Any:
@@ -60,25 +63,112 @@ class Filters(Section):
 Policy = Literal["best_path", "joined_replies", "best_replies", "all_replies", "all_paths", "each_message"]
 
 
-class Data(Section):
-    source: str | tuple[str, ...]
-    """A hub id, or files and folders of JSONL, JSONL.gz or Parquet: OASST messages or trees, `messages` lists, `{"text"}`."""
+Form = Literal["oasst", "messages", "sharegpt", "alpaca", "prompt", "text"]
+FIELDS: dict[Form, tuple[str, ...]] = {
+    "oasst": (),
+    "messages": ("messages", "role", "content", "system", "weight", "train"),
+    "sharegpt": ("conversations", "from", "value", "system", "weight", "train"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "prompt": ("prompt", "completion", "system"),
+    "text": ("text",),
+}
+"""What a row of each form is made of, under the names that data.fields can give to other keys (see chats.py)."""
+
+
+class LengthWeight(Section):
+    up_to_words: Positive | None = None
+    """Conversations whose learnt replies have at most so many words on average; null: all that are left."""
+    weight: Annotated[float, Field(ge=0)]
+
+
+class Replies(Section):
+    """Which replies are learnt, by their number of words (what white space separates)."""
+
+    min_words: Positive = 1
+    max_words: Positive | None = None
+    """Replies outside of the two are context and are not learnt; a conversation in which none is left is dropped."""
+    weights: tuple[LengthWeight, ...] = ()
+    """How often a conversation is taken, times `weight`: the first entry whose length it does not pass; 1 beyond the last."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Replies":
+        limits = [entry.up_to_words or float("inf") for entry in self.weights]
+        if any(a >= b for a, b in pairwise(limits)):
+            raise ValueError("weights must stand in rising order of up_to_words, null last")
+        if self.max_words is not None and self.max_words < self.min_words:
+            raise ValueError(f"max_words is {self.max_words}, below min_words: {self.min_words}; no reply would be learnt")
+        return self
+
+
+class Source(Section):
+    """One data set: where it is, what its rows look like, and how much of it is taken."""
+
+    source: str | tuple[str, ...] | None = None
+    """A hub id, or files and folders of JSON, JSONL, JSONL.gz or Parquet."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; the commit that was read stands in the manifest."""
     validation_source: str | tuple[str, ...] | None = None
     """With `split: published`: local files that hold the validation split."""
-    split: Literal["published", "by_tree", "all"] = "published"
-    """`published`: the hub's own train and validation. `by_tree`: cut one source by a hash of the tree id. `all`: no validation."""
+    split: Literal["published", "by_hash", "all"] = "published"
+    """`published`: the hub's own train and validation. `by_hash`: cut one source by a hash of the tree's id, or of the first
+    question. `all`: no validation."""
     validation_share: Fraction | None = None
-    """With `split: by_tree`: share of the trees held out (null: 0.2)."""
-    dev_share: Fraction = 0.05
-    """Share of the train trees set aside to choose checkpoints on."""
+    """With `split: by_hash`: share of the trees (first questions) held out (null: 0.2)."""
+    form: Form | None = None
+    """What a row is (null: seen from its keys). `scripts/prepare_data.py RECIPE --inspect FILE` shows it."""
+    fields: Annotated[dict[str, str], *Pairs] = ()
+    """Keys of the rows that have another name than the form's: {instruction: question, output: answer}."""
+    roles: Annotated[dict[str, Literal["system", "user", "assistant", "tool"]], *Pairs] = ()
+    """Names of roles beside the usual ones (user, human, gpt, ...): {customer: user, agent: assistant}."""
+    same_role: Literal["merge", "keep", "skip"] = "merge"
+    """Turns of one role behind each other: made one, with a blank line between; left as they are; or the row is skipped."""
+    tool_turns: Literal["skip", "drop", "keep"] = "skip"
+    """Rows in which tools are called: skipped; learnt without the calls and what the tools said; or kept (`chat.format: model`)."""
+    learn_after: tuple[str, ...] = ()
+    """Plain text: learn only what stands behind one of these markers (and before the next of either list)."""
+    learn_until: tuple[str, ...] = ()
+    """Plain text: a marker that ends what is learnt."""
     policy: Policy | None = None
     """How conversations are taken from OASST trees (see oasst1.py). Needed for OASST data, refused for other data."""
     filters: Filters | None = Filters()
-    """`null` turns every filter off."""
+    """OASST data; `null` turns every filter off."""
+    replies: Replies = Replies()
     max_examples: Positive | None = None
-    """Take the first N conversations of the train split (in the order of their trees' hashes)."""
+    """Take the first N conversations of the train split (in the order of their groups' hashes)."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each conversation of the train split is taken: 2 is twice, 0.25 a quarter of them, chosen by a hash."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "Source":
+        problems = []
+        if self.validation_share is not None and self.split != "by_hash":
+            problems.append(f"validation_share has no effect with split: {self.split}; remove it or set split: by_hash")
+        if self.validation_source is not None and self.split != "published":
+            problems.append(f"validation_source has no effect with split: {self.split}; use split: published")
+        if self.policy is not None and self.form not in (None, "oasst"):
+            problems.append(f"policy has no effect on rows of form: {self.form}, which are no trees; remove it")
+        form = "oasst" if self.policy is not None else self.form
+        for key in ("roles", "same_role", "tool_turns"):
+            if form in ("oasst", "text") and getattr(self, key) != type(self).model_fields[key].default:
+                problems.append(f"{key} has no effect on rows of form: {form}, which are no chats; remove it")
+        if self.learn_until and not self.learn_after:
+            problems.append("learn_until has no effect without learn_after; name the markers behind which is learnt")
+        if self.learn_after and form not in (None, "text"):
+            problems.append(f"learn_after has no effect on rows of form: {form}, whose roles say what is learnt; remove it")
+        known = {field for of_form in ([form] if form else FIELDS) for field in FIELDS[of_form]}
+        if unknown := sorted(set(dict(self.fields)) - known):
+            of_form = f" of form: {form}" if form else ""
+            problems.append(f"fields: {', '.join(unknown)} is no part of a row{of_form}; known: {', '.join(sorted(known)) or 'none'}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class Data(Source):
+    sets: tuple[Source, ...] = ()
+    """Instead of `source`: several data sets, each with the keys above for itself. They are mixed into one order of rows."""
+    dev_share: Fraction = 0.05
+    """Share of the train trees (first questions) set aside to choose checkpoints on."""
     prepared: str
     """Folder that scripts/prepare_data.py writes and scripts/train.py reads."""
     max_length: Positive = 1024
@@ -89,23 +179,37 @@ class Data(Section):
     packing: bool = True
     """Several conversations in a row, each attending to itself alone. Off: one a row, grouped by length."""
 
+    @property
+    def each(self) -> tuple[Source, ...]:
+        """The data sets, one or several."""
+        return self.sets or (self,)
+
     @model_validator(mode="after")
     def _check(self) -> "Data":
-        if self.validation_share is not None and self.split != "by_tree":
-            raise ValueError(f"validation_share has no effect with split: {self.split}; remove it or set split: by_tree")
-        if self.validation_source is not None and self.split != "published":
-            raise ValueError(f"validation_source has no effect with split: {self.split}; use split: published")
+        if self.sets:
+            beside = [key for key, field in Source.model_fields.items() if getattr(self, key) != field.default]
+            if beside:
+                raise ValueError(f"{', '.join(beside)}: has no effect beside data.sets; put it into each set that it is meant for")
+        for place, source in [(f"sets.{i}.", s) for i, s in enumerate(self.sets)] or [("", self)]:
+            if source.source is None:
+                raise ValueError(f"{place}source: missing; name a hub id, a file or a folder")
         return self
 
 
 class Chat(Section):
-    format: Literal["oasst", "human_assistant", "instruct_output", "llama2", "text"] = "oasst"
-    """How a conversation becomes tokens (see chat.py). `text`: no roles, every token is learnt."""
+    format: Literal["oasst", "human_assistant", "instruct_output", "llama2", "chatml", "model", "text"] = "oasst"
+    """How a conversation becomes tokens (see chat.py). `model`: the base's own chat template, or ChatML if it has none; `text`:
+    no roles, every token is learnt."""
     role_markers: Literal["auto", "special", "text"] = "auto"
     """`oasst` only. `special`: control tokens in spare embedding rows, trained; `text`: ordinary text; `auto`: the base's
     own control tokens, else special if rows are spare, else text."""
     system_prompt: str | None = None
-    """`llama2` only: the system message put before each conversation that has none."""
+    """`llama2`, `chatml` and `model`: the system message put before each conversation that has none."""
+    template_arguments: Annotated[dict[str, str | bool | int], *Pairs] = ()
+    """`model` only: what the base's template is called with beside the messages: {enable_thinking: false}."""
+    rewritten_history: Literal["last_turn", "refuse"] = "last_turn"
+    """`model` only: where the base's template writes an earlier answer in another way than the last one, learn the last alone, or
+    refuse the base."""
     loss_on: Literal["assistant", "all"] | None = None
     """Learn the assistant's words and end tokens only, or every token (null: assistant; with `format: text`, all)."""
     escape_markers: bool = False
@@ -114,13 +218,17 @@ class Chat(Section):
     @model_validator(mode="after")
     def _check(self) -> "Chat":
         if self.format != "oasst" and self.role_markers != "auto":
-            raise ValueError(f"role_markers: {self.role_markers} has no effect with format: {self.format}, whose markers are plain text")
-        if self.system_prompt is not None and self.format != "llama2":
-            raise ValueError(f"format: {self.format} has no place for a system_prompt; use llama2 or remove it")
-        if self.format == "text" and self.escape_markers:
-            raise ValueError("escape_markers has no effect with format: text, which has no markers")
+            raise ValueError(f"role_markers: {self.role_markers} has no effect with format: {self.format}; remove it")
+        if self.system_prompt is not None and self.format not in ("llama2", "chatml", "model"):
+            raise ValueError(f"format: {self.format} has no place for a system_prompt; use llama2, chatml or model, or remove it")
+        if self.format != "model":
+            for key in ("template_arguments", "rewritten_history"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} has no effect with format: {self.format}, which is not the base's own template; remove it")
+        if self.format in ("text", "chatml", "model") and self.escape_markers:
+            raise ValueError(f"escape_markers has no effect with format: {self.format}, which has no plain-text markers")
         if self.format == "text" and self.loss_on == "assistant":
-            raise ValueError("loss_on: assistant has no meaning with format: text, which has no roles; remove it")
+            raise ValueError("loss_on: assistant has no meaning with format: text, which has no roles; use data.learn_after, or remove it")
         return self
 
 
@@ -278,12 +386,22 @@ class Recipe(Section):
                 problems.append(
                     f"adapter.init: {self.adapter.init} needs an unquantised base; use default or gaussian, or model.quantization: none"
                 )
-        if self.data.too_long == "split" and self.chat.format != "text":
+        text = self.chat.format == "text"
+        if self.data.too_long == "split" and not text:
             problems.append("data.too_long: split is for chat.format: text; a conversation is never split, use truncate or drop")
-        if self.data.policy == "each_message" and self.chat.format != "text":
-            problems.append("data.policy: each_message gives plain texts; set chat.format: text")
-        if self.chat.format == "text" and self.data.policy not in (None, "each_message"):
-            problems.append(f"chat.format: text has no roles; data.policy: {self.data.policy} gives conversations (use each_message)")
+        for place, source in [(f"data.sets.{i}", s) for i, s in enumerate(self.data.sets)] or [("data", self.data)]:
+            if source.policy == "each_message" and not text:
+                problems.append(f"{place}.policy: each_message gives plain texts; set chat.format: text")
+            if text and source.policy not in (None, "each_message"):
+                problems.append(f"chat.format: text has no roles; {place}.policy: {source.policy} gives conversations (use each_message)")
+            if source.form is not None and source.policy is None and text != (source.form == "text"):
+                problems.append(
+                    f"{place}.form: {source.form} does not go with chat.format: {self.chat.format}; only plain text has no roles"
+                )
+            if source.learn_after and not text:
+                problems.append(f"{place}.learn_after is for chat.format: text; a chat's roles say what is learnt")
+            if source.tool_turns == "keep" and self.chat.format != "model":
+                problems.append(f"{place}.tool_turns: keep needs chat.format: model; other formats have no place for tools, use drop")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -294,7 +412,7 @@ def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key in type(recipe).model_fields:
         value = getattr(recipe, key)
-        out.update(flatten(value, f"{prefix}{key}.") if isinstance(value, BaseModel) else {prefix + key: value})
+        out.update(flatten(value, f"{prefix}{key}.") if isinstance(value, BaseModel) else {prefix + key: _plain(value)})
     return out
 
 
@@ -306,5 +424,12 @@ def curve_keys(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, BaseModel):
             out.update(curve_keys(value, f"{prefix}{key}."))
         elif not (field.json_schema_extra or {}).get("free") and prefix + key not in ("data.prepared", "output.dir"):
-            out[prefix + key] = value
+            out[prefix + key] = _plain(value)
     return out
+
+
+def _plain(value: Any) -> Any:
+    """A list of sections as their flattened keys; anything else as it is."""
+    if isinstance(value, tuple) and any(isinstance(part, BaseModel) for part in value):
+        return tuple(tuple(flatten(part).items()) for part in value)
+    return value

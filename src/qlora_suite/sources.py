@@ -38,7 +38,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load(data: Data) -> dict[str, list[Row]]:
-    """{"train": rows, "validation": rows} with `split: published`, {"all": rows} with `by_tree` and `all`.
+    """{"train": rows, "validation": rows} with `split: published`, {"all": rows} with `by_hash` and `all`.
 
     Raises ValueError for what cannot be read and for a published split that is not there.
     """
@@ -53,7 +53,7 @@ def load(data: Data) -> dict[str, list[Row]]:
         if path.is_file() or (path.is_dir() and not any(_is_of(p, "validation") for p in _files(path))):
             raise ValueError(
                 f"split: published needs a validation split, and {name} holds none (in a folder: files named validation*); "
-                "set data.validation_source to it, or cut one off with data.split=by_tree"
+                "set data.validation_source to it, or cut one off with data.split=by_hash"
             )
     return {split: read(data.source, split, data.revision) for split in ("train", "validation")}
 
