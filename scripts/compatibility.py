@@ -27,8 +27,9 @@ from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.files import read_json, write_json, write_text
 from qlora_suite.launched_runs import CONFIGS, FAILED, ROOT, Case, difference, launch
 from qlora_suite.model import versions as versions_imported
-from qlora_suite.preparation import prepare, select
+from qlora_suite.preparation import prepare
 from qlora_suite.recipe_file import load
+from qlora_suite.selection import selected
 from qlora_suite.tracking import console, read_journal, say
 
 QUANTIZATIONS, PRECISIONS = ("nf4", "int8", "none"), ("fp32", "bf16", "fp16")
@@ -93,7 +94,8 @@ def prepare_both(recipe: Path, overrides: list[str], folder: Path) -> None:
     """The rows of a recipe, packed and not, as `Cell.case` looks for them."""
     for name, packing in (("packed", "true"), ("unpacked", "false")):
         values = load(recipe, [*overrides, f"data.packing={packing}", f"data.prepared={folder / name}"])
-        prepare(values, select(values.data), lambda items, *_: items)
+        with selected(values) as selection:
+            prepare(values, selection)
 
 
 def outcome_of(words: str, cell: Cell, run: Path, reference: Path) -> str:

@@ -15,9 +15,9 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
 from qlora_suite.command_line import parser_for, with_clear_errors
-from qlora_suite.preparation import select
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
+from qlora_suite.selection import selected
 from qlora_suite.tracking import say
 
 VOCABULARY, SPARE_ROWS = 4096, 32
@@ -25,7 +25,8 @@ END = "<|endoftext|>"
 
 
 def run(recipe: Recipe, folder: Path) -> None:
-    texts = [turn.content for c in select(recipe.data).splits["train"] for turn in c.turns]
+    with selected(recipe) as selection:
+        texts = [turn.content for c in selection.splits["train"] for turn in c.turns]
     say(f"learning {VOCABULARY:,} tokens from {len(texts):,} texts, {sum(map(len, texts)):,} characters")
     learnt = ByteLevelBPETokenizer()
     learnt.train_from_iterator(texts, vocab_size=VOCABULARY, min_frequency=2, special_tokens=[END], show_progress=False)

@@ -8,6 +8,7 @@ Runs once, on one process, without a GPU. Run again it says that the data is up 
 source file has changed. Writes the recipe's data.prepared folder: train.arrow, dev.arrow, validation.arrow, tokenizer/, manifest.json.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,31 @@ from rich.text import Text
 from qlora_suite import dataset
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
-from qlora_suite.preparation import SPLITS, prepare, select, write_ids, write_messages
+from qlora_suite.preparation import check_replaceable, prepare
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
 from qlora_suite.rendered import Rendered
+from qlora_suite.selection import SPLITS, Selection, selected, write_ids, write_messages
 from qlora_suite.tracking import console, say
 
 LABELS = {
-    "trees": "trees",
-    "conversations": "conversations taken by the policy",
+    "trees": "trees, or first questions",
+    "conversations": "conversations taken",
+    "duplicates": "  dropped: held out word for word",
+    "same_question": "  dropped: begin as a held-out one does",
+    "no_reply": "  dropped: no reply of a wanted length",
+    "beyond_max": "  dropped: beyond max_examples",
+    "weighted_out": "  dropped: by their weight",
+    "copies": "  taken once more, by their weight",
     "unanswered": "  dropped: no assistant turn",
-    "nothing_new": "  dropped: nothing that another one does not teach",
+    "nothing_new": "  dropped: nothing that is learnt here",
+    "refused": "  dropped: the chat format cannot write them",
     "dropped_too_long": "  dropped: too long",
     "kept": "conversations kept",
     "open_ends": "  of them, cut before a last unanswered prompt",
     "cut_conversations": "  of them, cut at max_length",
     "cut_tokens": "  supervised tokens cut",
+    "replies_outside": "replies of an unwanted length, as context",
     "system_moved": "system turns moved into a user turn",
     "marker_texts": "texts in messages that look like a role marker",
     "rows": "rows",
@@ -42,27 +52,33 @@ LABELS = {
     "supervised": "supervised tokens",
 }
 ALWAYS = ("trees", "conversations", "kept", "rows", "tokens", "supervised")
+BAD_ROWS_SHOWN = 3
+"""Of each reason."""
 
 
-def run(recipe: Recipe, ids: str | None, export: str | None) -> None:
+def run(recipe: Recipe, ids: str | None = None, export: str | None = None, strict: bool = False, num_workers: int = 1) -> None:
     manifest = None
     try:
         manifest = dataset.load_manifest(recipe)
     except ValueError as why:
         say(f"preparing {recipe.data.prepared} ({str(why).partition(';')[0]})")
-    if manifest is None or ids or export:
-        selection = select(recipe.data)
-        if ids:
-            write_ids(Path(ids), selection.splits)
-            say(f"wrote {ids}: {sum(map(len, selection.splits.values())):,} lines")
-        if export:
-            write_messages(Path(export), selection.splits)
-            say(f"wrote {export}")
-    if manifest is not None:
+        check_replaceable(Path(recipe.data.prepared))
+    if manifest is not None and not (ids or export):
         show_funnel(manifest["counts"], recipe)
         say(f"{recipe.data.prepared} is up to date")
         return
-    manifest, (renderer, example) = prepare(recipe, selection, progress)
+    with selected(recipe, progress, strict) as selection:
+        if ids:
+            say(f"wrote {ids}: {write_ids(Path(ids), selection.splits):,} lines")
+        if export:
+            write_messages(Path(export), selection.splits)
+            say(f"wrote {export}")
+        if manifest is not None:
+            show_funnel(manifest["counts"], recipe)
+            say(f"{recipe.data.prepared} is up to date")
+            return
+        manifest, (renderer, example) = prepare(recipe, selection, progress, num_workers, strict)
+        show_bad_rows(selection)
     show_funnel(manifest["counts"], recipe)
     if example is not None:
         show_example(renderer, example)
@@ -73,18 +89,30 @@ def run(recipe: Recipe, ids: str | None, export: str | None) -> None:
     say(f"wrote {recipe.data.prepared}")
 
 
+def show_bad_rows(selection: Selection) -> None:
+    """The first of each reason, with place and value."""
+    for reason in dict.fromkeys(row.reason for row in selection.bad_rows):
+        of_reason = [row for row in selection.bad_rows if row.reason == reason]
+        for row in of_reason[:BAD_ROWS_SHOWN]:
+            say(f"left out: {row}")
+        if len(of_reason) > BAD_ROWS_SHOWN:
+            say("left out: ... and more for this reason, see bad_rows.jsonl")
+
+
 def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     """Where every message and every conversation went."""
     kept = counts["read"] - sum(counts["dropped"].values())
-    width = max(map(len, LABELS.values()))  # the numbers stand above the table's first column
+    width = max(map(len, [*LABELS.values(), *(f"  dropped: {reason}" for reason in counts["dropped"])]))
+    if len(counts["sets"]) > 1:
+        for one in counts["sets"]:
+            left = one["read"] - sum(one["dropped"].values())
+            say(f"{one['name']}: {left:,} of {one['read']:,} {one['unit']} kept, of form {one['form']}")
     say(f"{counts['unit'] + ' read':<{width}} {counts['read']:>9,}")
     for reason, count in counts["dropped"].items():
         say(f"{'  dropped: ' + reason:<{width}} {count:>9,}")
     say(f"{counts['unit'] + ' kept':<{width}} {kept:>9,}\n")
-    if counts["capped"]:
-        say(f"train conversations beyond data.max_examples: {counts['capped']:,}")
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
+    table.add_column("", min_width=width)
     for split in SPLITS:
         table.add_column(split, justify="right")
     for key, label in LABELS.items():
@@ -96,8 +124,8 @@ def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     if recipe.data.packing:
         table.add_row("padding in packed rows", *(f"{counts[split]['padding_share']:.1%}" for split in ("train", "dev")), "-")
     console.print(table)
-    if recipe.data.split == "by_hash":
-        say("the validation split is a demonstration cut by a hash of the tree id, not the published one")
+    if any(one.split == "by_hash" for one in recipe.data.each):
+        say("the validation split is cut by a hash of the tree, or of the first question")
 
 
 def show_example(renderer: Renderer, example: Rendered) -> None:
@@ -113,7 +141,7 @@ def show_example(renderer: Renderer, example: Rendered) -> None:
     console.rule()
 
 
-def progress(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+def progress(items: Iterable[Any], description: str, total: int | None) -> Iterable[Any]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -132,5 +160,15 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--ids", metavar="FILE", help="write one line per example: key, tab, message ids")
     parser.add_argument("--export-jsonl", metavar="FILE", help="write readable conversations")
+    parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used, instead of leaving it out")
+    parser.add_argument(
+        "--num-workers", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="processes that tokenise (all cores)"
+    )
     args = parser.parse_intermixed_args()
-    with_clear_errors(lambda: run(load(args.recipe, args.overrides), args.ids, args.export_jsonl), debug=args.debug)
+    if args.num_workers < 1:
+        parser.error(f"--num-workers is {args.num_workers}; give 1 or more")
+
+    def main() -> None:
+        run(load(args.recipe, args.overrides), args.ids, args.export_jsonl, args.strict, args.num_workers)
+
+    with_clear_errors(main, debug=args.debug)

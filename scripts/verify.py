@@ -23,8 +23,9 @@ from rich.table import Table
 
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.launched_runs import CONFIGS, EQUAL, ROOT, Case, Difference, difference, launch
-from qlora_suite.preparation import prepare, select
+from qlora_suite.preparation import prepare
 from qlora_suite.recipe_file import load
+from qlora_suite.selection import selected
 from qlora_suite.tracking import console, say
 
 ENGINES = [engine for engine in CONFIGS if engine != "one"]
@@ -75,7 +76,8 @@ def run_everything(engines: list[str], folder: Path, processes: int, gpu: bool) 
     shutil.rmtree(folder, ignore_errors=True)
     overrides = [*OVERRIDES, f"data.prepared={folder / 'prepared'}", f"train.rows_per_step={4 * max(2, processes)}"]
     recipe = load(RECIPE, overrides)
-    prepare(recipe, select(recipe.data), lambda items, *_: items)
+    with selected(recipe) as selection:
+        prepare(recipe, selection)
     # one run that each engine takes two steps further, and one process ends
     relay = {engine: Case(RELAY, stopped_after=2 * (i + 1), folder="../handed-on") for i, engine in enumerate(engines)}
     complaints: dict[tuple[str, str], str] = {}

@@ -14,8 +14,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
 
-from qlora_suite.preparation import prepare, select
+from qlora_suite.preparation import prepare
 from qlora_suite.recipe_file import load
+from qlora_suite.selection import selected
 
 
 @cache
@@ -31,7 +32,8 @@ def script(name: str) -> ModuleType:
 def prepared(recipe: Path, *overrides: str) -> Path:
     """The recipe, after writing its data.prepared."""
     values = load(recipe, overrides)
-    prepare(values, select(values.data), lambda items, *_: items)
+    with selected(values) as selection:
+        prepare(values, selection)
     return recipe
 
 

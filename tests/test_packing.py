@@ -16,11 +16,12 @@ from qlora_suite import dataset
 from qlora_suite.chat import Renderer
 from qlora_suite.loss import check_separates_packed_rows, collate, forward
 from qlora_suite.packing import pack
-from qlora_suite.preparation import prepare, select, trimmed
+from qlora_suite.preparation import prepare, trimmed
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
 from qlora_suite.rendered import shorten
 from qlora_suite.role_markers import RoleMarkers
+from qlora_suite.selection import selected
 
 # --- the arithmetic
 
@@ -153,20 +154,22 @@ def test_a_model_whose_head_cannot_be_asked_for_some_places_is_refused(monkeypat
 @pytest.fixture
 def prepared(make_recipe: MakeRecipe) -> tuple[Recipe, dict[str, Any]]:
     recipe = load(make_recipe())
-    manifest, _ = prepare(recipe, select(recipe.data), lambda items, *_: items)
+    with selected(recipe) as selection:
+        manifest, _ = prepare(recipe, selection)
     return recipe, manifest
 
 
 def test_every_token_of_every_kept_conversation_is_on_disk_once(prepared: tuple[Recipe, dict[str, Any]]) -> None:
     from transformers import AutoTokenizer
 
-    from qlora_suite.preparation import Counts
+    from qlora_suite.selection import Counts
 
     recipe, manifest = prepared
     folder = Path(recipe.data.prepared)
     markers = RoleMarkers.from_json(manifest["role_markers"])
     renderer = Renderer(AutoTokenizer.from_pretrained(folder / "tokenizer"), recipe.chat, markers)
-    selection = select(recipe.data)
+    with selected(recipe) as selection:
+        conversations = {split: list(found) for split, found in selection.splits.items()}
     for split in ("train", "dev"):
         rows = dataset.Rows(folder / f"{split}.arrow")
         found = []
@@ -178,7 +181,7 @@ def test_every_token_of_every_kept_conversation_is_on_disk_once(prepared: tuple[
                 found.append((key, row["input_ids"][piece].tolist(), row["supervised"][piece].tolist()))
                 start += length
         expected = []
-        for conversation in trimmed(selection.splits[split], Counts()):
+        for conversation in trimmed(conversations[split], Counts()):
             for piece in shorten(renderer.render(conversation), recipe.data.max_length, recipe.data.too_long).pieces:
                 expected.append((conversation.key, piece.ids, piece.supervised))
         assert sorted(found) == sorted(expected)

@@ -49,13 +49,16 @@ def summary(found: list[AnswerScore]) -> dict[str, float]:
 
 def describe_data(recipe: Recipe, manifest: dict[str, Any], found: Sequence[Excerpt], cut: Cut) -> dict[str, Any]:
     """What was scored, and what was not because it does not fit."""
-    source = recipe.data.validation_source or recipe.data.source
-    name = source if isinstance(source, str) else ", ".join(source)
-    kind = {"published": "validation split", "by_hash": "held-out trees of a demonstration split, not the published one", "all": "all"}
+    names, kinds, policies = set(), set(), set()
+    for one in recipe.data.each:
+        source = one.validation_source or one.source
+        names |= {source} if isinstance(source, str) else set(source)
+        kinds.add({"published": "validation split", "by_hash": "held out by a hash, no published split", "all": "all"}[one.split])
+        policies |= {f"policy {one.policy}"} if one.policy else set()
     answers = sum(t.role == "assistant" and t.learn for e in found for t in e.conversation.turns)
     return {
         "data": {
-            "name": f"{name}, {kind[recipe.data.split]}, policy {recipe.data.policy}",
+            "name": "; ".join(", ".join(sorted(part)) for part in (names, kinds, policies) if part),
             "conversations": len({(e.conversation.key, e.conversation.ids) for e in found}),
             "answers": answers,
             "trees": len({e.conversation.group for e in found}),

@@ -4,6 +4,7 @@
       train.arrow        rows for training: input_ids, supervised, lengths (of the conversations in the row), examples
       dev.arrow          the same, for choosing checkpoints
       validation.arrow   conversations as messages, not tokens: evaluate.py renders them for each format it compares
+      bad_rows.jsonl     where rows were left out that could not be read, and why
       tokenizer/         with the role markers and the chat template
       manifest.json      counts, and the hashes that say what all this was made from
 
@@ -22,7 +23,7 @@ from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.files import complaint_about, hash_of, read_json, sha256
 from qlora_suite.recipe import Recipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 BASE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model")
 """Files of a local base that decide the ids: the vocabulary, the control tokens and how many embedding rows are spare."""
@@ -35,6 +36,7 @@ ROWS = pa.schema(
         ("examples", pa.list_(pa.string())),
     ]
 )
+_PIECES = pa.schema([("key", pa.string()), ("input_ids", pa.list_(pa.int32())), ("supervised", pa.list_(pa.bool_()))])
 CONVERSATIONS = pa.schema(
     [
         ("key", pa.string()),
@@ -46,21 +48,73 @@ CONVERSATIONS = pa.schema(
 )
 
 
+class TableWriter:
+    """Writes records in record batches of `chunk`, so that memory stays bounded. A context manager."""
+
+    def __init__(self, path: Path, schema: pa.Schema, chunk: int = 1000) -> None:
+        self.schema, self.chunk = schema, chunk
+        self.buffer: list[Mapping[str, Any]] = []
+        self.sink = pa.OSFile(str(path), "wb")
+        self.writer = pa.ipc.new_stream(self.sink, schema)
+
+    def __enter__(self) -> "TableWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if not self.sink.closed:
+            self._flush()
+            self.writer.close()
+            self.sink.close()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        self.buffer.append(record)
+        if len(self.buffer) == self.chunk:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.buffer:
+            self.writer.write_batch(pa.RecordBatch.from_pylist(self.buffer, schema=self.schema))
+            self.buffer.clear()
+
+
 def write_table(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.Schema, chunk: int = 1000) -> None:
     """Write records in record batches of `chunk`, so that memory stays bounded."""
-
-    def flush_buffer() -> None:
-        if buffer:
-            writer.write_batch(pa.RecordBatch.from_pylist(buffer, schema=schema))
-            buffer.clear()
-
-    buffer: list[Mapping[str, Any]] = []
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    with TableWriter(path, schema, chunk) as table:
         for record in records:
-            buffer.append(record)
-            if len(buffer) == chunk:
-                flush_buffer()
-        flush_buffer()
+            table.add(record)
+
+
+class Pieces:
+    """Tokenised pieces of conversations, on their way into rows: written one after another, then read in any order. A context
+    manager, at whose end the file is gone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._writer = path, TableWriter(path, _PIECES, chunk=4096)
+        self._table: pa.Table | None = None
+        self.lengths: list[int] = []
+        """Tokens of each."""
+
+    def __enter__(self) -> "Pieces":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        self._path.unlink()
+
+    def add(self, key: str, input_ids: Sequence[int], supervised: Sequence[bool]) -> None:
+        self._writer.add({"key": key, "input_ids": input_ids, "supervised": supervised})
+        self.lengths.append(len(input_ids))
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """key, input_ids, supervised. After the last `add`."""
+        if self._table is None:
+            self._writer.close()
+            self._table = read_table(self._path)
+        return {name: self._table[name][number].as_py() for name in _PIECES.names}
 
 
 def read_table(path: Path) -> pa.Table:
@@ -124,12 +178,15 @@ def conversation_record(conversation: Conversation) -> dict[str, Any]:
     }
 
 
+def conversation_from(record: Mapping[str, Any]) -> Conversation:
+    """The reverse of `conversation_record`."""
+    turns = tuple(Turn(**turn) for turn in record["turns"])
+    return Conversation(record["key"], tuple(record["ids"]), record["group"], turns, record["language"])
+
+
 def read_conversations(path: Path) -> list[Conversation]:
     """The conversations of validation.arrow."""
-    return [
-        Conversation(r["key"], tuple(r["ids"]), r["group"], tuple(Turn(**t) for t in r["turns"]), r["language"])
-        for r in read_table(path).to_pylist()
-    ]
+    return [conversation_from(record) for record in read_table(path).to_pylist()]
 
 
 def recipe_part(recipe: Recipe) -> dict[str, Any]:
@@ -153,7 +210,7 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
 
 
 def _source_names(recipe: Recipe) -> list[str]:
-    sources = [recipe.data.source, recipe.data.validation_source]
+    sources = [names for one in recipe.data.each for names in (one.source, one.validation_source)]
     return [name for s in sources if s is not None for name in ([s] if isinstance(s, str) else s)]
 
 

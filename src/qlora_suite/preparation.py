@@ -1,168 +1,36 @@
-"""Raw rows -> splits of conversations -> packed rows on disk, with every message, conversation and token accounted for."""
+"""Conversations -> token ids -> packed rows on disk, with every conversation and token accounted for."""
 
-import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_suite import dataset, oasst1, sources
+from qlora_suite import dataset, sources
 from qlora_suite.chat import Renderer
 from qlora_suite.chat_templates import jinja
 from qlora_suite.conversations import Conversation
 from qlora_suite.files import file_table, hash_of, write_json
 from qlora_suite.model import load_config, load_tokenizer
 from qlora_suite.packing import pack
-from qlora_suite.recipe import Data, Filters, Recipe
+from qlora_suite.parallel import in_order
+from qlora_suite.recipe import Data, Recipe
 from qlora_suite.rendered import Rendered, shorten
 from qlora_suite.role_markers import add_role_markers
+from qlora_suite.selection import BAD_ROWS_KEPT, Counts, Progress, Selection, quiet
+from qlora_suite.sources import BadRow
 
-SPLITS = ("train", "dev", "validation")
 TEMPLATE_SAMPLE = 200
 """Conversations on which the Jinja template is compared with our own ids."""
 
 
-@dataclass
-class Selection:
-    """Conversations by split, and what was left out on the way."""
-
-    splits: dict[str, list[Conversation]]
-    """train, dev and validation; they still may end on a user turn."""
-    num_rows: int
-    """Messages (OASST) or rows read."""
-    unit: str
-    dropped: Counter[str] = field(default_factory=Counter)
-    capped: int = 0
-    """Train conversations beyond data.max_examples."""
-
-
-def select(data: Data) -> Selection:
-    """Read the recipe's sources and take its conversations, split by tree.
-
-    Raises ValueError if the data cannot be read, the policy does not fit it, or a tree stands in two splits.
-    """
-    loaded = sources.load(data)
-    kinds = {sources.kind(rows) for rows in loaded.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"the train split has rows of another kind than the validation split ({' and '.join(sorted(kinds))}); convert one")
-    kind = kinds.pop()
-    if kind == "oasst" and data.policy is None:
-        raise ValueError("OASST messages are trees: data.policy must say which conversations to take (all_paths is a good one)")
-    if kind != "oasst" and data.policy is not None:
-        raise ValueError(f"data.policy: {data.policy} has no effect on {kind} rows, which are no trees; set data.policy: null")
-    if kind != "oasst" and data.filters not in (None, Filters()):
-        raise ValueError(f"data.filters have no effect on {kind} rows, which carry no language, review or deletion; remove them")
-    selection = Selection({split: [] for split in SPLITS}, sum(map(len, loaded.values())), "messages" if kind == "oasst" else "rows")
-    for name, rows in loaded.items():
-        if kind == "oasst":
-            found, dropped = oasst1.conversations(rows, data.policy, data.filters)
-        else:
-            found, dropped = (sources.messages_conversations if kind == "messages" else sources.text_conversations)(rows)
-        selection.dropped += dropped
-        for conversation in found:
-            selection.splits[_split_of(conversation.group, name, data)].append(conversation)
-    if kind != "oasst":
-        _drop_repeats(selection)
-    _check_disjoint(selection.splits)
-    if data.max_examples is not None:
-        kept = _first_by_hash(selection.splits["train"], data.max_examples)
-        selection.capped = len(selection.splits["train"]) - len(kept)
-        selection.splits["train"] = kept
-    return selection
-
-
-def _split_of(group: str, loaded_as: str, data: Data) -> str:
-    """Which split a tree belongs to: a function of its id alone."""
-    if loaded_as == "validation":
-        return "validation"
-    share = 0.2 if data.validation_share is None else data.validation_share
-    if data.split == "by_hash" and oasst1.split_of(group, share, salt="validation"):
-        return "validation"
-    return "dev" if oasst1.split_of(group, data.dev_share, salt="dev") else "train"
-
-
-def _drop_repeats(selection: Selection) -> None:
-    """Plain rows are grouped by their text: one that stands in the validation file too is not for training."""
-    held_out = {c.group for c in selection.splits["validation"]}
-    for split in ("train", "dev"):
-        kept = [c for c in selection.splits[split] if c.group not in held_out]
-        if len(kept) < len(selection.splits[split]):
-            selection.dropped["stands in validation too"] += len(selection.splits[split]) - len(kept)
-        selection.splits[split] = kept
-
-
-def _check_disjoint(splits: dict[str, list[Conversation]]) -> None:
-    trained = {c.group for split in ("train", "dev") for c in splits[split]}
-    shared = trained & {c.group for c in splits["validation"]}
-    if shared:
-        raise ValueError(
-            f"{len(shared)} trees stand in both train and validation, e.g. {min(shared)}; a validation score would be worthless: "
-            "remove them from one, or let data.split: by_hash cut the split"
-        )
-
-
-def _first_by_hash(conversations: list[Conversation], count: int) -> list[Conversation]:
-    """The first `count` in the order of their trees' hashes: whole trees, chosen at random once and for all; file order is kept."""
-    order = sorted(range(len(conversations)), key=lambda i: (hashlib.sha256(conversations[i].group.encode()).digest(), i))
-    chosen = set(order[:count])
-    return [c for i, c in enumerate(conversations) if i in chosen]
-
-
-def write_ids(path: Path, splits: dict[str, list[Conversation]]) -> None:
-    """One line per conversation: key, tab, message ids separated by spaces. Before a last user turn is dropped."""
-    lines = [oasst1.ids_line(c) for split in SPLITS for c in splits[split]]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def write_messages(path: Path, splits: dict[str, list[Conversation]]) -> None:
-    """Readable conversations, one JSON object a line."""
-    with path.open("w", encoding="utf-8") as file:
-        for split in SPLITS:
-            for c in splits[split]:
-                messages = [{"role": t.role, "content": t.content} for t in c.turns]
-                line = {"split": split, "key": c.key, "tree": c.group, "language": c.language, "messages": messages}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-@dataclass
-class Counts:
-    """What became of one split's conversations."""
-
-    conversations: int = 0
-    """Taken by the policy."""
-    trees: int = 0
-    open_ends: int = 0
-    """Last user turns that nobody answered, left off."""
-    unanswered: int = 0
-    """Conversations without an assistant turn, dropped."""
-    nothing_new: int = 0
-    """Conversations whose every answer is learnt through another one, dropped."""
-    dropped_too_long: int = 0
-    kept: int = 0
-    rows: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    """Tokens that the loss counts."""
-    cut_conversations: int = 0
-    cut_tokens: int = 0
-    """Supervised tokens beyond max_length."""
-    cut_bytes: int = 0
-    system_moved: int = 0
-    marker_texts: int = 0
-    """Texts in messages that look like a plain-text role marker."""
-    padding_share: float = 0.0
-    """Places of the packed rows that hold nothing."""
-
-
-def trimmed(conversations: Sequence[Conversation], counts: Counts) -> Iterator[Conversation]:
+def trimmed(conversations: Iterable[Conversation], counts: Counts) -> Iterator[Conversation]:
     """Conversations that end on an answer and have something to learn."""
-    counts.conversations, counts.trees = len(conversations), len({c.group for c in conversations})
     for conversation in conversations:
         kept = conversation.without_open_end()
         if kept is None:
@@ -175,42 +43,87 @@ def trimmed(conversations: Sequence[Conversation], counts: Counts) -> Iterator[C
             counts.nothing_new += 1
 
 
-def tokenised(conversations: Iterable[Conversation], renderer: Renderer, data: Data, counts: Counts) -> Iterator[tuple[str, Rendered]]:
-    """(key, what fits of it); every token that is cut is counted."""
-    for conversation in conversations:
-        rendered = renderer.render(conversation)
-        short = shorten(rendered, data.max_length, data.too_long)
-        counts.cut_tokens += short.num_tokens_cut
-        counts.cut_bytes += short.num_bytes_cut
-        counts.cut_conversations += bool(short.pieces) and (len(short.pieces) > 1 or short.num_tokens_cut > 0)
-        counts.system_moved += rendered.num_system_moved
-        counts.marker_texts += rendered.num_marker_texts
-        counts.dropped_too_long += not short.pieces
-        counts.kept += bool(short.pieces)
-        for piece in short.pieces:
+@dataclass(frozen=True)
+class Tokenised:
+    """What becomes of one conversation."""
+
+    conversation: Conversation
+    pieces: list[Rendered]
+    cut_tokens: int = 0
+    cut_bytes: int = 0
+    system_moved: int = 0
+    marker_texts: int = 0
+    refused: str = ""
+    """Why the chat format cannot write it."""
+
+
+class Tokeniser:
+    """Conversation -> what fits of its tokens. Can be sent to another process."""
+
+    def __init__(self, renderer: Renderer, data: Data) -> None:
+        self.renderer, self.max_length, self.too_long = renderer, data.max_length, data.too_long
+
+    def __call__(self, conversation: Conversation) -> Tokenised:
+        try:
+            rendered = self.renderer.render(conversation)
+        except ValueError as why:
+            return Tokenised(conversation, [], refused=str(why))
+        short = shorten(rendered, self.max_length, self.too_long)
+        pieces = [replace(piece, turns=[]) for piece in short.pieces]  # training needs no places of turns
+        cut = short.num_tokens_cut, short.num_bytes_cut
+        return Tokenised(conversation, pieces, *cut, rendered.num_system_moved, rendered.num_marker_texts)
+
+
+def written(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow], strict: bool) -> Iterator[Tokenised]:
+    """Those that the chat format can write. Raises ValueError for the first that it cannot, with `strict`."""
+    for one in results:
+        if not one.refused:
+            counts.system_moved += one.system_moved
+            counts.marker_texts += one.marker_texts
+            yield one
+            continue
+        if strict:
+            raise ValueError(f"{one.refused} (without --strict such conversations are left out and counted)")
+        counts.refused += 1
+        if len(bad_rows) < BAD_ROWS_KEPT:
+            bad_rows.append(BadRow(one.conversation.key, "the chat format cannot write it", "", one.refused))
+
+
+def counted(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow], strict: bool) -> Iterator[tuple[str, Rendered]]:
+    """(key, piece) of each; every token that is cut is counted."""
+    for one in written(results, counts, bad_rows, strict):
+        counts.cut_tokens += one.cut_tokens
+        counts.cut_bytes += one.cut_bytes
+        counts.cut_conversations += bool(one.pieces) and (len(one.pieces) > 1 or one.cut_tokens > 0)
+        counts.dropped_too_long += not one.pieces
+        counts.kept += bool(one.pieces)
+        for piece in one.pieces:
             counts.tokens += len(piece.ids)
             counts.supervised += piece.num_supervised
-            yield conversation.key, piece
+            yield one.conversation.key, piece
 
 
-def rows_of(examples: Sequence[tuple[str, Rendered]], data: Data, counts: Counts) -> Iterator[dict[str, Any]]:
-    """Examples as rows for training: packed, or one each."""
-    lengths = [len(rendered.ids) for _, rendered in examples]
-    rows = pack(lengths, data.max_length) if data.packing else [[i] for i in range(len(examples))]
+def write_rows(path: Path, pieces: dataset.Pieces, data: Data, counts: Counts) -> None:
+    """Pieces as rows for training: packed, or one each."""
+    rows = pack(pieces.lengths, data.max_length) if data.packing else [[i] for i in range(len(pieces.lengths))]
     counts.rows = len(rows)
-    if rows:
-        counts.padding_share = 1 - sum(lengths) / (len(rows) * data.max_length) if data.packing else 0.0
-    for row in rows:
-        pieces = [examples[i][1] for i in row]
-        yield {
-            "input_ids": [token for piece in pieces for token in piece.ids],
-            "supervised": [flag for piece in pieces for flag in piece.supervised],
-            "lengths": [len(piece.ids) for piece in pieces],
-            "examples": [examples[i][0] for i in row],
-        }
+    if rows and data.packing:
+        counts.padding_share = 1 - sum(pieces.lengths) / (len(rows) * data.max_length)
+
+    def records() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            found = [pieces[i] for i in row]
+            yield {
+                "input_ids": [token for piece in found for token in piece["input_ids"]],
+                "supervised": [flag for piece in found for flag in piece["supervised"]],
+                "lengths": [pieces.lengths[i] for i in row],
+                "examples": [piece["key"] for piece in found],
+            }
+
+    dataset.write_table(path, records(), dataset.ROWS)
 
 
-def template_agreement(conversations: Sequence[Conversation], renderer: Renderer) -> dict[str, int]:
+def template_agreement(conversations: Iterable[Conversation], renderer: Renderer) -> dict[str, int]:
     """On how many conversations plain `apply_chat_template` gives our ids.
 
     It cannot where a message has white space at its edges (templates strip it or not, as their authors pleased) or contains the
@@ -218,7 +131,7 @@ def template_agreement(conversations: Sequence[Conversation], renderer: Renderer
     """
     tokenizer, agreed, checked = renderer.tokenizer, 0, 0
     control = tokenizer.all_special_tokens
-    for conversation in conversations[:TEMPLATE_SAMPLE]:
+    for conversation in conversations:
         texts = [t.content for t in conversation.turns]
         if any(t != t.strip() or any(c in t for c in control) for t in texts):
             continue
@@ -228,11 +141,13 @@ def template_agreement(conversations: Sequence[Conversation], renderer: Renderer
     return {"checked": checked, "agreed": agreed}
 
 
-def prepare(recipe: Recipe, selection: Selection, progress: Any) -> tuple[dict[str, Any], tuple[Renderer, Rendered | None]]:
+def prepare(
+    recipe: Recipe, selection: Selection, progress: Progress = quiet, num_workers: int = 1, strict: bool = False
+) -> tuple[dict[str, Any], tuple[Renderer, Rendered | None]]:
     """Write the recipe's prepared folder; it takes the place of an older one only when it is complete.
 
-    `progress(iterable, description, total)` shows how far it is. Returns the manifest, and an example to show.
-    Raises ValueError if nothing is left to train on.
+    The result does not depend on `num_workers`, the number of processes that tokenise. Returns the manifest, and an example to show.
+    Raises ValueError if nothing is left to train on, and with `strict` if the chat format cannot write a conversation.
     """
     tokenizer = load_tokenizer(recipe.model)
     config = load_config(recipe.model).get_text_config()
@@ -241,40 +156,50 @@ def prepare(recipe: Recipe, selection: Selection, progress: Any) -> tuple[dict[s
     if recipe.chat.format != "text":
         tokenizer.chat_template = jinja(tokenizer, recipe.chat, markers)
 
+    tokeniser = Tokeniser(renderer, recipe.data)
     folder = Path(recipe.data.prepared)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / dataset.MANIFEST).is_file()):
-        raise ValueError(f"data.prepared: {folder} holds something else, which would be overwritten; remove it or name a folder of its own")
+    check_replaceable(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
-    counts = {split: Counts() for split in SPLITS}
-    example = None
+    counts, bad_rows, example = selection.counts, selection.bad_rows, None
     try:
         for split in ("train", "dev"):
-            kept = list(trimmed(selection.splits[split], counts[split]))
-            stream = tokenised(progress(kept, f"tokenising {split}", len(kept)), renderer, recipe.data, counts[split])
-            examples = list(stream)
-            if split == "train":
-                if not examples:
-                    raise ValueError(f"no conversation is left to train on: {_where(selection, counts[split])}")
-                agreement = template_agreement(kept, renderer) if recipe.chat.format != "text" else None
-                example = min((r for _, r in examples), key=lambda r: abs(len(r.ids) - 150))
-            dataset.write_table(aside / f"{split}.arrow", rows_of(examples, recipe.data, counts[split]), dataset.ROWS)
-        held_out = list(trimmed(selection.splits["validation"], counts["validation"]))
-        counts["validation"].kept = len(held_out)
-        dataset.write_table(aside / "validation.arrow", map(dataset.conversation_record, held_out), dataset.CONVERSATIONS)
+            kept = trimmed(selection.splits[split], counts[split])
+            kept = progress(kept, f"tokenising {split}", len(selection.splits[split]))
+            results = in_order(tokeniser, kept, len(selection.splits[split]), num_workers)
+            with dataset.Pieces(aside / "pieces.arrow") as pieces:
+                for key, piece in counted(results, counts[split], bad_rows, strict):
+                    pieces.add(key, piece.ids, piece.supervised)
+                    if split == "train" and (example is None or _distance(piece) < _distance(example)):
+                        example = piece
+                if split == "train" and example is None:
+                    raise ValueError(f"no conversation is left to train on: {_where(selection)}")
+                write_rows(aside / f"{split}.arrow", pieces, recipe.data, counts[split])
+        agreement = None
+        if recipe.chat.format != "text":
+            sample = itertools.islice(trimmed(selection.splits["train"], Counts()), TEMPLATE_SAMPLE)
+            agreement = template_agreement(sample, renderer)
+        held_out = trimmed(selection.splits["validation"], counts["validation"])
+        held_out = progress(held_out, "checking validation", len(selection.splits["validation"]))
+        results = in_order(tokeniser, held_out, len(selection.splits["validation"]), num_workers)
+        with dataset.TableWriter(aside / "validation.arrow", dataset.CONVERSATIONS) as table:
+            for one in written(results, counts["validation"], bad_rows, strict):
+                counts["validation"].kept += 1
+                table.add(dataset.conversation_record(one.conversation))
+        write_bad_rows(aside / "bad_rows.jsonl", bad_rows)
         tokenizer.save_pretrained(aside / "tokenizer")
         manifest = {
             "format_version": dataset.FORMAT_VERSION,
             "recipe": dataset.recipe_part(recipe),
-            "sources": {**dataset.source_hashes(recipe), **sources.hub_commits(recipe.data)},
+            "sources": {**dataset.source_hashes(recipe), **{k: v for one in recipe.data.each for k, v in sources.hub_commits(one).items()}},
             "tokenizer": tokenizer_hash(tokenizer),
             "role_markers": asdict(markers),
             "chat_template": agreement,
             "counts": {
-                "read": selection.num_rows,
+                "read": selection.num_read,
                 "unit": selection.unit,
                 "dropped": dict(sorted(selection.dropped.items())),
-                "capped": selection.capped,
+                "sets": [{**vars(one), "dropped": dict(sorted(one.dropped.items()))} for one in selection.sets],
                 **{split: asdict(c) for split, c in counts.items()},
             },
             "files": file_table(aside, but=dataset.MANIFEST),
@@ -287,12 +212,42 @@ def prepare(recipe: Recipe, selection: Selection, progress: Any) -> tuple[dict[s
     return manifest, (renderer, example)
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError if the folder holds something else than prepared data."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / dataset.MANIFEST).is_file()):
+        raise ValueError(f"data.prepared: {folder} holds something else, which would be overwritten; remove it or name a folder of its own")
+
+
+def write_bad_rows(path: Path, bad_rows: Iterable[BadRow]) -> None:
+    """One JSON object a line: where, why, and what stood there."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in bad_rows:
+            line = {"place": str(row.place), "reason": row.reason, "key": row.key, "value": row.value}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _distance(piece: Rendered) -> int:
+    """An example of some 150 tokens is one to look at."""
+    return abs(len(piece.ids) - 150)
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Names the vocabulary, the merges, the control tokens and the template."""
     return hash_of([json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.chat_template, tokenizer.special_tokens_map])
 
 
-def _where(selection: Selection, counts: Counts) -> str:
-    reasons = {**selection.dropped, "without an answer": counts.unanswered, "too long": counts.dropped_too_long}
+def _where(selection: Selection) -> str:
+    counts = selection.counts["train"]
+    reasons = {
+        **selection.dropped,
+        "without an answer": counts.unanswered,
+        "without one to learn": counts.nothing_new,
+        "without a reply of the wanted length": counts.no_reply,
+        "held out too": counts.duplicates + counts.same_question,
+        "by their weight": counts.weighted_out,
+        "refused by the chat format": counts.refused,
+        "too long": counts.dropped_too_long,
+    }
     lost = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
-    return f"of {selection.num_rows:,} {selection.unit} read, these were left out: {lost or 'none'}"
+    first = f" (the first: {selection.bad_rows[0]})" if selection.bad_rows else ""
+    return f"of {selection.num_read:,} {selection.unit} read, these were left out: {lost or 'none'}{first}"

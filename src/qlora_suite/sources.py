@@ -1,191 +1,172 @@
-"""Any input -> rows (dicts), and plain rows -> conversations.
+"""Any input -> rows (dicts), one at a time, each with its place: files of any size pass through bounded memory.
 
-    read("OpenAssistant/oasst1", "train")     a data set on the hub, one of its splits
-    read("chats.jsonl.gz")                    JSONL, JSONL.gz or Parquet
+    read("OpenAssistant/oasst1", "train")     a data set on the hub, one of its splits, streamed
+    read("chats.json")                        JSON (a list of objects), JSONL, both also .gz, or Parquet
     read(("chats", "more.parquet"))           a folder of those, in the order of their names, and then a file
 
-What a row is, is seen from its keys, never from the name of its file:
-
-    {"message_id", "parent_id", "message_tree_id", "text", "role", ...}    an OASST message          -> oasst1.py
-    {"message_tree_id", "prompt": {..., "replies": [{...}]}}               an OASST tree, flattened  -> oasst1.py
-    {"messages": [{"role", "content"}, ...]}                               a chat                    -> messages_conversations
-    {"text"}                                                               plain text                -> text_conversations
-
-Nothing that could run code is opened: no pickle, and no data set that brings a script of its own.
+What cannot be read of a file that can (a line that is no JSON, a byte that is no UTF-8) comes as a `BadRow` in its place; a file that
+is damaged as a whole raises ValueError. Nothing that could run code is opened: no pickle, no data set that brings a script of its own.
 """
 
 import gzip
-import hashlib
+import io
 import json
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
-from qlora_suite.conversations import Conversation, Turn
-from qlora_suite.recipe import Data
+from qlora_suite.recipe import Source
 
-Row = dict[str, Any]
-Kind = Literal["oasst", "messages", "text"]
 Split = Literal["train", "validation"]
-ROLES = {"system": "system", "user": "user", "prompter": "user", "assistant": "assistant"}
-_READABLE = (".jsonl", ".jsonl.gz", ".parquet")
+_READABLE = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 # What lies beside data without being data: licences and notes. Anything else in a folder is a mistake worth a word.
 _BESIDE_DATA = ("", ".md", ".txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BETWEEN = re.compile(r"[\s,]*")
+_CHUNK = 2**20
+_SHOWN = 80
+"""Characters of an offending value."""
 
 
-def load(data: Data) -> dict[str, list[Row]]:
+@dataclass(frozen=True, slots=True)
+class Place:
+    file: str
+    """The file's name, or the hub's and the split's. Without its folder, so that moved data is the same data."""
+    number: int
+    """Of the line, or of the row, from 1."""
+    unit: str = "line"
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.unit} {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    place: Place
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """What was left out, and why."""
+
+    place: Place | str
+    reason: str
+    """Counted by this: a few words that hold nothing of the data."""
+    key: str = ""
+    """The key at which it was seen."""
+    value: str = ""
+    """The beginning of what stood there."""
+
+    def __str__(self) -> str:
+        seen = ", ".join(filter(None, (self.reason, self.key)))
+        return f"{self.place}: {seen}{f': {self.value}' if self.value else ''}"
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value as JSON, for a message."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        text = repr(type(value))
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def load(source: Source) -> dict[str, Iterator[Row | BadRow]]:
     """{"train": rows, "validation": rows} with `split: published`, {"all": rows} with `by_hash` and `all`.
 
-    Raises ValueError for what cannot be read and for a published split that is not there.
+    Raises ValueError for what cannot be found and for a published split that is not there; while being read, for damaged files.
     """
-    if data.revision is not None and not any(_is_hub_id(name) for name in _names(data.source)):
-        raise ValueError(f"data.revision has no effect on local files ({data.source}); remove it")
-    if data.split != "published":
-        return {"all": read(data.source, revision=data.revision)}
-    if data.validation_source is not None:
-        return {"train": read(data.source, "train", data.revision), "validation": read(data.validation_source, "validation")}
-    for name in _names(data.source):
+    names = _names(source.source)
+    if source.revision is not None and not any(_is_hub_id(name) for name in names):
+        raise ValueError(f"data.revision has no effect on local files ({', '.join(names)}); remove it")
+    if source.split != "published":
+        return {"all": read(names, revision=source.revision)}
+    if source.validation_source is not None:
+        return {"train": read(names, "train", source.revision), "validation": read(source.validation_source, "validation")}
+    for name in names:
         path = Path(name)
         if path.is_file() or (path.is_dir() and not any(_is_of(p, "validation") for p in _files(path))):
             raise ValueError(
                 f"split: published needs a validation split, and {name} holds none (in a folder: files named validation*); "
                 "set data.validation_source to it, or cut one off with data.split=by_hash"
             )
-    return {split: read(data.source, split, data.revision) for split in ("train", "validation")}
+    return {"train": read(names, "train", source.revision), "validation": read(names, "validation", source.revision)}
 
 
-def read(source: str | tuple[str, ...], split: Split | None = None, revision: str | None = None) -> list[Row]:
+def read(source: str | tuple[str, ...], split: Split | None = None, revision: str | None = None) -> Iterator[Row | BadRow]:
     """The rows of every source, one after another; OASST trees as flat messages, depth first.
 
     With a split: that split of a hub data set; of a folder, the files named train* or validation* (all of them, if none is
     named so). Without: a hub data set's train split, for its validation split is not for training; every file of a folder.
 
-    Raises ValueError, with the file and line, for what is missing, not readable or empty.
+    Raises ValueError for what is missing (at once), and for what is damaged or empty (when it comes to it).
     """
-    rows: list[Row] = []
+    places: list[tuple[str, list[Path]]] = []
     for name in _names(source):
-        before = len(rows)
         path = Path(name)
-        if path.is_file() or path.is_dir():
-            for file in _split_files(path, split) if path.is_dir() else [path]:
-                rows += _flat(_read_file(file))
+        if path.is_dir():
+            places.append((name, _split_files(path, split)))
+        elif path.is_file():
+            places.append((name, [path]))
         elif _is_hub_id(name):
-            rows += _flat(_read_hub(name, split or "train", revision))
+            places.append((name, []))
         else:
             raise ValueError(f"there is no file or folder {name} (working folder: {Path.cwd()}); correct the path")
-        if len(rows) == before:
+    return _read(places, split, revision)
+
+
+def _read(places: list[tuple[str, list[Path]]], split: Split | None, revision: str | None) -> Iterator[Row | BadRow]:
+    files = [file for _, found in places for file in found]
+    label_of = dict(zip(files, labels(files), strict=True))
+    for name, found in places:
+        empty = True
+        streams = (_read_file(file, label_of[file]) for file in found) if found else (_read_hub(name, split or "train", revision),)
+        for stream in streams:
+            for row in _flat(stream):
+                empty = False
+                yield row
+        if empty:
             raise ValueError(f"{name} holds no rows; give a file with at least one")
-    return rows
 
 
-def kind(rows: list[Row]) -> Kind:
-    """What the rows are. Raises ValueError if they are none of the three kinds, or several."""
-    found = Counter(_row_kind(row) for row in rows)
-    known: list[Kind] = [k for k in found if k is not None]
-    if not known:
-        seen = ", ".join(list(rows[0])[:8]) if rows else "no row at all"
-        raise ValueError(
-            f"the rows have the keys: {seen}; wanted are OASST messages (message_id, parent_id, ...), OASST trees "
-            "(message_tree_id, prompt), chats (messages) or plain text (text); rename the keys"
-        )
-    if len(known) > 1:
-        counts = " and ".join(f"{found[k]:,} of kind {k}" for k in known)
-        raise ValueError(f"the rows are of several kinds, {counts}; prepare each kind by a recipe of its own")
-    return known[0]
+def labels(files: list[Path]) -> list[str]:
+    """A name for each file, without its folder; where two would be the same, with as much of it as tells them apart."""
+    names = []
+    for file in files:
+        depth = 1
+        while sum(other.parts[-depth:] == file.parts[-depth:] for other in files) > 1 and depth < len(file.parts):
+            depth += 1
+        names.append("/".join(file.parts[-depth:]))
+    return names
 
 
-def messages_conversations(rows: list[Row]) -> tuple[list[Conversation], Counter[str]]:
-    """One conversation a row, and the number of rows skipped by each reason: kept = len(rows) - skipped.total().
-
-    The key is the row's number, from 1 and counting skipped ones, so that it leads back to the line. The group is a hash of
-    the first user turn, so that several answers to one prompt, or one chat written out turn by turn, stay on one side of a
-    split. A system message without text says nothing and is left out of its conversation.
-    """
-    kept, skipped = [], Counter[str]()
-    for number, row in enumerate(rows, 1):
-        turns = _turns(row.get("messages"))
-        if isinstance(turns, str):
-            skipped[turns] += 1
-        else:
-            first = next((t.content for t in turns if t.role == "user"), turns[0].content)
-            kept.append(Conversation(key=str(number), ids=(str(number),), group=_group(first), turns=turns))
-    assert len(rows) == len(kept) + skipped.total()
-    return kept, skipped
-
-
-def text_conversations(rows: list[Row]) -> tuple[list[Conversation], Counter[str]]:
-    """One assistant turn a row, and the number of rows skipped by each reason: kept = len(rows) - skipped.total().
-
-    The key is the row's number, from 1 and counting skipped ones; the group is a hash of the text, so that a text that
-    stands twice is never on both sides of a split.
-    """
-    kept, skipped = [], Counter[str]()
-    for number, row in enumerate(rows, 1):
-        text = row.get("text")
-        if not isinstance(text, str):
-            skipped["no text"] += 1
-        elif not text.strip():
-            skipped["empty"] += 1
-        else:
-            kept.append(Conversation(key=str(number), ids=(str(number),), group=_group(text), turns=(Turn("assistant", text),)))
-    assert len(rows) == len(kept) + skipped.total()
-    return kept, skipped
-
-
-def _turns(messages: Any) -> tuple[Turn, ...] | str:
-    """The turns of a chat, or the reason why it is none."""
-    if not isinstance(messages, list):
-        return "no messages"
-    turns = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            return "content is not text"
-        # Some exports have keys for tools or names beside these two; a role we know is read, whatever stands beside it.
-        if message.get("role") not in tuple(ROLES):
-            return "unknown role"
-        turn = Turn(ROLES[message["role"]], message["content"])
-        if turn.content.strip():
-            turns.append(turn)
-        elif turn.role != "system":
-            return "empty"
-    return tuple(turns) or "empty"
-
-
-def _group(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _row_kind(row: Row) -> Kind | None:
-    # OASST messages have a `text` too, so they are asked for first.
-    if "message_id" in row and "parent_id" in row:
-        return "oasst"
-    if "messages" in row:
-        return "messages"
-    return "text" if "text" in row else None
-
-
-def _flat(rows: Iterator[Row] | list[Row]) -> Iterator[Row]:
+def _flat(rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
     """The rows as they are, but each OASST tree as its messages, with parent_id and message_tree_id filled in."""
     for row in rows:
-        if "message_tree_id" not in row or "prompt" not in row:
+        if isinstance(row, BadRow) or "message_tree_id" not in row.values or "prompt" not in row.values:
             yield row
             continue
-        tree = {"message_tree_id": row["message_tree_id"], "tree_state": row.get("tree_state")}
-        stack = [(row["prompt"], None)]
+        tree = {"message_tree_id": row.values["message_tree_id"], "tree_state": row.values.get("tree_state")}
+        messages: list[Row | BadRow] = []
+        stack = [(row.values["prompt"], None)]
         while stack:  # a tree may be deeper than Python's stack
             message, parent = stack.pop()
             replies = message.get("replies") if isinstance(message, dict) else None
             if not isinstance(message, dict) or not isinstance(replies, list | None):
-                raise ValueError(f"OASST tree {row['message_tree_id']} holds {str(message)[:60]!r} for a message; repair or remove it")
-            yield {k: v for k, v in message.items() if k != "replies"} | {"parent_id": parent} | tree
+                messages = [BadRow(row.place, "the tree holds something else than a message", "prompt", shown(message))]
+                break
+            messages.append(Row(row.place, {k: v for k, v in message.items() if k != "replies"} | {"parent_id": parent} | tree))
             stack += [(reply, message.get("message_id")) for reply in reversed(replies or [])]
+        yield from messages
 
 
-def _names(source: str | tuple[str, ...]) -> tuple[str, ...]:
+def _names(source: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    assert source is not None, "the recipe refuses a data set without a source"
     return (source,) if isinstance(source, str) else source
 
 
@@ -222,71 +203,135 @@ def _refuse(path: Path) -> None:
     raise ValueError(f"{path} is not read: data must be {', '.join(_READABLE)}; convert the file, or move it away if it is no data")
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path, label: str) -> Iterator[Row | BadRow]:
     if not path.name.endswith(_READABLE):
         _refuse(path)
-    return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path, label)
+    # Many files named .json hold one object a line; what begins with a bracket is one list.
+    return _read_list(path, label) if ".json" in path.suffixes[-2:] and _first_byte(path) == b"[" else _read_lines(path, label)
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _opened(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _first_byte(path: Path) -> bytes:
+    try:
+        with _opened(path) as file:
+            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    except (OSError, EOFError, zlib.error) as error:
+        raise _cannot_read(path, 0, "line", error) from None
+
+
+def _cannot_read(path: Path, number: int, unit: str, error: Exception) -> ValueError:
+    what = " ".join(str(error).split())
+    return ValueError(f"{path} cannot be read after {unit} {number}: {what}; fetch or write the file again")
+
+
+def _read_lines(path: Path, label: str) -> Iterator[Row | BadRow]:
     number = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        with _opened(path) as lines:
             for number, line in enumerate(lines, 1):
-                row = _parse(line, f"{path} line {number}")
+                row = _parse(line, Place(label, number))
                 if row is not None:
                     yield row
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read after line {number}: {error}; fetch or compress the file again") from None
+        raise _cannot_read(path, number, "line", error) from None
 
 
-def _parse(line: bytes, place: str) -> Row | None:
+def _parse(line: bytes, place: Place) -> Row | BadRow | None:
     """The object on one line; None for a blank one."""
     try:
         text = line.decode("utf-8-sig")  # Windows editors put a byte order mark in front
         if not text.strip():
             return None
         row = json.loads(text)
-        # "\ud83d" without its other half is JSON but no text: no tokenizer and no file could take it.
-        if "\\ud" in text.lower():
-            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not UTF-8 (byte {error.start + 1} is {line[error.start]:#04x}); save the file as UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; remove it") from None
+        return BadRow(place, "not UTF-8", f"byte {error.start + 1}", f"{line[error.start]:#04x}")
     except RecursionError:
-        raise ValueError(f"{place} is nested too deep to be read; give the flat messages instead of trees") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error.msg} at character {error.pos + 1}); write one object a line") from None
+        return BadRow(place, "nested too deep to be read")
+    except ValueError as error:  # no JSON, or a number of thousands of digits
+        where = f"character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        return BadRow(place, "not JSON", where, shown(text.strip()))
+    return _checked(row, place, "\\ud" in text.lower())
+
+
+def _checked(row: Any, place: Place, may_hold_surrogates: bool, bytes_came_through: bool = False) -> Row | BadRow:
     if not isinstance(row, dict):
-        raise ValueError(f"{place} holds a {type(row).__name__}, not an object with keys; write one object a line")
-    return row
+        return BadRow(place, "not an object with keys", "", shown(row))
+    if may_hold_surrogates:
+        # "\ud83d" without its other half is JSON but no text: no tokenizer and no file could take it.
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            around, lone = str(error.object)[max(error.start - 20, 0) : error.start + 20], ord(error.object[error.start])
+            if bytes_came_through and 0xDC80 <= lone <= 0xDCFF:
+                return BadRow(place, "not UTF-8", f"byte {lone - 0xDC00:#04x} in", shown(around))
+            return BadRow(place, "half of a surrogate pair, which is no text", "", shown(around))
+    return Row(place, row)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_list(path: Path, label: str) -> Iterator[Row | BadRow]:
+    """One JSON list of objects, a few of them in memory at a time, each at the line where it begins."""
+    decoder, line, at = json.JSONDecoder(), 1, 0
+    try:
+        # Bytes that are no UTF-8 come through as surrogates, so that one of them costs its own object alone.
+        with io.TextIOWrapper(_opened(path), "utf-8-sig", "surrogateescape", newline="") as file:
+            text = file.read(_CHUNK)
+            at = text.index("[") + 1
+            line += text.count("\n", 0, at)
+            while True:
+                start = _BETWEEN.match(text, at).end()
+                line += text.count("\n", at, start)
+                at = start
+                if at < len(text) and text[at] == "]":
+                    return
+                try:
+                    value, end = decoder.raw_decode(text, at)
+                except json.JSONDecodeError as error:
+                    # It may only be that the object goes on behind what was read; then the error is at the end of it.
+                    cut_off = error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
+                    more = file.read(max(_CHUNK, len(text) - at)) if cut_off else ""
+                    if not more:
+                        raise ValueError(f"{error.msg}, {shown(text[error.pos : error.pos + 40])}") from None
+                    text, at = text[at:] + more, 0
+                    continue
+                yield _checked(value, Place(label, line), may_hold_surrogates=True, bytes_came_through=True)
+                line += text.count("\n", at, end)
+                at = end
+    except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
+        raise _cannot_read(path, line, "line", error) from None
+
+
+def _read_parquet(path: Path, label: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                yield from batch.to_pylist()
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(Place(label, number, "row"), row)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}; fetch or write the file again") from None
+        raise _cannot_read(path, number, "row", error) from None
 
 
 # --- the hub
 
 
-def hub_commits(data: Data) -> dict[str, str]:
+def hub_commits(source: Source) -> dict[str, str]:
     """{hub id: the commit that its name and revision stand for now}; `unknown` if the hub does not say (a copy from the cache)."""
     import huggingface_hub  # local files do not need it
 
     commits = {}
-    for name in _names(data.source):
+    for name in _names(source.source):
         if _is_hub_id(name):
             try:
-                commits[name] = huggingface_hub.HfApi().dataset_info(name, revision=data.revision).sha or "unknown"
+                commits[name] = huggingface_hub.HfApi().dataset_info(name, revision=source.revision).sha or "unknown"
             except (OSError, ValueError):
                 commits[name] = "unknown"
     return commits
@@ -296,11 +341,14 @@ def _is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith(_READABLE) and not Path(name).exists()
 
 
-def _read_hub(name: str, split: Split, revision: str | None) -> list[Row]:
+def _read_hub(name: str, split: Split, revision: str | None) -> Iterator[Row]:
     import datasets  # takes seconds, and local files do not need it
 
+    # Offline there is only what was fetched before, whole, and is then read from the cache; both come row by row.
     try:
-        return datasets.load_dataset(name, split=split, revision=revision).to_list()
+        rows = datasets.load_dataset(name, split=split, revision=revision, streaming=not datasets.config.HF_HUB_OFFLINE)
+        for number, row in enumerate(rows, 1):
+            yield Row(Place(f"{name}/{split}", number, "row"), row)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"there is no file or folder {name} here, and the hub gave no split {split} of a data set of that name "

@@ -1,0 +1,281 @@
+"""Rows of people's own data -> conversations. What a row is, is seen from its keys, or named by data.form:
+
+    messages    {"messages": [{"role": "user", "content": "..."}, ...]}                    roles as at OpenAI; content text or text parts
+    sharegpt    {"conversations": [{"from": "human", "value": "..."}, ...]}
+    alpaca      {"instruction": "...", "input": "...", "output": "...", "history": [[question, answer], ...]}
+    prompt      {"prompt": "...", "completion": "..."}  or "response"                      a text each, or messages each
+    text        {"text": "..."}                                                            no roles: all is learnt, or what markers say
+    oasst       {"message_id", "parent_id", "message_tree_id", "text", "role", ...}        -> oasst1.py
+
+All but `text` may have a "system" beside. data.fields and data.roles give other names to keys and roles. A message with
+`"train": false` or `"weight": 0` is context and is not learnt.
+
+A row that is no chat becomes a `BadRow` that names the key and the value; nothing is repaired in silence.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.recipe import FIELDS, Form, Source
+from qlora_suite.sources import BadRow, Row, shown
+
+CALL = "call"
+"""What an assistant says to a tool, where the data has a role of its own for it."""
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), CALL),
+}
+LOOK_AT = 100
+"""Rows from whose keys the form is seen."""
+
+
+class _Bad(Exception):
+    """A row that is no chat: (reason, key, value)."""
+
+    def __init__(self, reason: str, key: str = "", value: Any = None) -> None:
+        self.reason, self.key, self.value = reason, key, value
+
+
+def form_of(row: dict[str, Any], fields: dict[str, str]) -> Form | None:
+    """What a row is by its keys, or None. OASST messages have a `text` too, so the richer forms are asked for first."""
+
+    def has(*names: str) -> bool:
+        return all(fields.get(name, name) in row for name in names)
+
+    if has("message_id", "parent_id"):
+        return "oasst"
+    if has("messages"):
+        return "messages"
+    if has("conversations"):
+        return "sharegpt"
+    if has("instruction", "output"):
+        return "alpaca"
+    if has("prompt") and (has("completion") or has("response")):
+        return "prompt"
+    return "text" if has("text") else None
+
+
+def recognise(rows: Sequence[Row | BadRow], source: Source) -> Form:
+    """The form of a data set, from its first rows. Raises ValueError if they are of none, or of several."""
+    if source.policy is not None or source.form is not None:
+        return source.form or "oasst"
+    fields, good = dict(source.fields), [row for row in rows if isinstance(row, Row)]
+    if not good:
+        raise ValueError(f"{source.source}: none of the first {len(rows)} rows can be read; {rows[0]}")
+    found = Counter(form_of(row.values, fields) for row in good)
+    known = [form for form in found if form is not None]
+    if not known:
+        seen = ", ".join(list(good[0].values)[:8]) or "none"
+        wanted = "; ".join(f"{form}: {', '.join(names[:3])}" for form, names in FIELDS.items() if names)
+        raise ValueError(
+            f"{source.source}: the rows have the keys {seen}, which are no form that is known here ({wanted}, or OASST messages); "
+            "name the form in data.form and the keys in data.fields, for example "
+            "data.form=prompt data.fields='{prompt: question, completion: answer}'"
+        )
+    if len(known) > 1:
+        counts = " and ".join(f"{found[form]} of form {form}" for form in known)
+        raise ValueError(f"{source.source}: the first rows are {counts}; set data.form to one of them, or make two files and data.sets")
+    return known[0]
+
+
+def conversation_of(row: Row, form: Form, source: Source) -> Conversation | BadRow:
+    """What a row says, in turns, or why it cannot be used.
+
+    The key is the row's place, so that it leads back to it. The group is a hash of the first question (of the whole text, without
+    questions), so that several answers to one prompt, or one chat written out turn by turn, stay on one side of a split.
+    """
+    try:
+        get = _named(row.values, dict(source.fields))
+        if form == "text":
+            turns = _text_turns(get("text"), source)
+        else:
+            turns = _READERS[form](get, _Reading(source))
+    except _Bad as bad:
+        return BadRow(row.place, bad.reason, bad.key, shown(bad.value) if bad.key else "")
+    first = next((t.content for t in turns if t.role == "user"), None) if form != "text" else None
+    key = f"{row.place.file}:{row.place.number}"
+    return Conversation(key=key, ids=(key,), group=_group(first or "".join(t.content for t in turns)), turns=turns)
+
+
+def _group(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _named(values: dict[str, Any], fields: dict[str, str]) -> Any:
+    return lambda name: values.get(fields.get(name, name))
+
+
+# --- chats
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How messages are read: one data set's names and rules."""
+
+    source: Source
+
+    def turns(self, messages: Any, key: str, names: tuple[str, str], context: bool = False) -> list[Turn]:
+        """Messages as turns; `names` are the keys of role and content. `context`: nothing of it is learnt."""
+        fields, roles = dict(self.source.fields), ROLES | dict(self.source.roles)
+        role_key, content_key = (fields.get(name, name) for name in names)
+        if not isinstance(messages, list):
+            raise _Bad("no list of messages", key, messages)
+        turns = []
+        for message in messages:
+            if not isinstance(message, dict):
+                raise _Bad("a message is no object", key, message)
+            if role_key not in message and "role" in message:  # both spellings are common under both names
+                role_key, content_key = "role", "content"
+            elif role_key not in message and "from" in message:
+                role_key, content_key = "from", "value"
+            said = message.get(role_key)
+            role = roles.get(said if said in self.source_roles else said.lower()) if isinstance(said, str) else None
+            if role is None:
+                raise _Bad("unknown role", role_key, said)
+            content = self.content(message.get(content_key), content_key, optional=bool(message.get("tool_calls")))
+            if role in ("tool", CALL) or message.get("tool_calls"):
+                if self.source.tool_turns == "skip":
+                    raise _Bad("tools are called (data.tool_turns: skip)", role_key, said)
+                if self.source.tool_turns == "drop":
+                    if role in ("tool", CALL) or not content.strip():
+                        continue
+                elif message.get("tool_calls"):
+                    raise _Bad("structured tool calls; write them as text", "tool_calls", message["tool_calls"])
+                role = "assistant" if role == CALL else role
+            learn = role == "assistant" and not context and self.learnt(message)
+            turns.append(Turn(role, content, learn=learn or role != "assistant"))
+        return turns
+
+    @property
+    def source_roles(self) -> set[str]:
+        return {name for name, _ in self.source.roles}
+
+    def content(self, content: Any, key: str, optional: bool = False) -> str:
+        """Text, or a list of text parts. `optional`: nothing is as good as an empty text."""
+        if isinstance(content, str):
+            return content
+        if isinstance(content, list):
+            for part in content:
+                if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+                    raise _Bad("a content part is not text", key, part.get("type", part) if isinstance(part, dict) else part)
+            return "".join(part["text"] for part in content)
+        if content is None and optional:
+            return ""
+        raise _Bad("content is not text", key, content)
+
+    def learnt(self, message: dict[str, Any]) -> bool:
+        fields = dict(self.source.fields)
+        for name in ("weight", "train"):
+            key = fields.get(name, name)
+            if (value := message.get(key)) is not None:  # a table gives every message every key
+                if value not in (0, 1):  # true and false are 1 and 0
+                    raise _Bad(f"{name} is neither 0 nor 1", key, value)
+                return bool(value)
+        return True
+
+    def finished(self, turns: Iterable[Turn], system: Any) -> tuple[Turn, ...]:
+        """Without empty system turns, with the system column in front, and with turns of one role joined by the rule."""
+        if system is not None:
+            turns = [Turn("system", self.content(system, "system")), *turns]
+        turns = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
+        for turn in turns:
+            if not turn.content.strip():
+                raise _Bad("empty", turn.role, turn.content)
+        if not turns:
+            raise _Bad("empty")
+        return tuple(self.joined(turns))
+
+    def joined(self, turns: Sequence[Turn]) -> list[Turn]:
+        kept: list[Turn] = []
+        for turn in turns:
+            if not kept or kept[-1].role != turn.role or turn.role == "tool" or self.source.same_role == "keep":
+                kept.append(turn)
+            elif self.source.same_role == "skip":
+                raise _Bad("two turns of one role (data.same_role: skip)", turn.role, turn.content)
+            elif kept[-1].learn != turn.learn:
+                raise _Bad("two answers behind each other, one of them not to be learnt", turn.role, turn.content)
+            else:
+                kept[-1] = replace(turn, content=f"{kept[-1].content}\n\n{turn.content}")
+        return kept
+
+
+def _messages(get: Any, reading: _Reading) -> tuple[Turn, ...]:
+    return reading.finished(reading.turns(get("messages"), "messages", ("role", "content")), get("system"))
+
+
+def _sharegpt(get: Any, reading: _Reading) -> tuple[Turn, ...]:
+    return reading.finished(reading.turns(get("conversations"), "conversations", ("from", "value")), get("system"))
+
+
+def _alpaca(get: Any, reading: _Reading) -> tuple[Turn, ...]:
+    """The input stands below the instruction, behind a blank line."""
+    turns = []
+    for pair in get("history") or []:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise _Bad("history holds something else than a pair", "history", pair)
+        turns += [Turn("user", reading.content(pair[0], "history")), Turn("assistant", reading.content(pair[1], "history"))]
+    instruction, extra = reading.content(get("instruction"), "instruction"), get("input")
+    if extra is not None and (text := reading.content(extra, "input")).strip():
+        instruction = f"{instruction}\n\n{text}" if instruction.strip() else text
+    turns += [Turn("user", instruction), Turn("assistant", reading.content(get("output"), "output"))]
+    return reading.finished(turns, get("system"))
+
+
+def _prompt(get: Any, reading: _Reading) -> tuple[Turn, ...]:
+    """A text each, or messages each; what the prompt holds is context."""
+    prompt, completion = get("prompt"), get("completion")
+    if completion is None:
+        completion = get("response")
+    names = ("role", "content")
+    before = [Turn("user", prompt)] if isinstance(prompt, str) else reading.turns(prompt, "prompt", names, context=True)
+    after = [Turn("assistant", completion)] if isinstance(completion, str) else reading.turns(completion, "completion", names)
+    return reading.finished([*before, *after], get("system"))
+
+
+_READERS = {"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "prompt": _prompt}
+
+
+# --- plain text
+
+
+def _text_turns(text: Any, source: Source) -> tuple[Turn, ...]:
+    """The text in pieces: `assistant` is learnt, `user` is context, and together they are the text. With learn_after [A:], learn_until [Q:]
+
+    Q: hi A: hello Q: and you? A: fine      ->      user "Q: hi A:"   assistant " hello "   user "Q: and you? A:"   assistant " fine"
+    """
+    if not isinstance(text, str):
+        raise _Bad("no text", "text", text)
+    if not text.strip():
+        raise _Bad("empty", "text", text)
+    if not source.learn_after:
+        return (Turn("assistant", text),)
+    longest_first = sorted((*source.learn_after, *source.learn_until), key=len, reverse=True)
+    turns: list[Turn] = []
+    start, learn = 0, False
+
+    def take(end: int) -> None:
+        nonlocal start
+        if end > start:
+            if turns and not learn and turns[-1].role == "user":
+                turns[-1] = Turn("user", turns[-1].content + text[start:end])
+            else:
+                turns.append(Turn("assistant" if learn else "user", text[start:end]))
+        start = end
+
+    for match in re.finditer("|".join(map(re.escape, longest_first)), text):
+        take(match.start())
+        learn = False  # the marker itself is context
+        take(match.end())
+        learn = match[0] in source.learn_after
+    take(len(text))
+    if not any(turn.role == "assistant" for turn in turns):
+        raise _Bad("no marker of data.learn_after in it", "text", text)
+    return tuple(turns)

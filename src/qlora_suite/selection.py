@@ -1,0 +1,420 @@
+"""Raw rows -> the conversations of each split, on disk, with every row and every conversation accounted for.
+
+    rows of each data set     read, recognised, made into conversations; bad rows are left out by reason and named
+      -> replies              those of an unwanted length are not learnt
+      -> train, dev, validation   by a hash of the conversation's group (tree or first question), whatever the order of the rows
+      -> duplicates           a conversation that is held out is not trained on
+      -> max_examples, weight per data set, chosen by hashes
+
+The conversations lie in a file while this goes on; in memory there are some bytes for each. (OASST messages are the exception: trees
+are in no order in their file, so a data set of them is read whole.)
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from qlora_suite import chats, dataset, oasst1, sources
+from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.recipe import Filters, Form, Recipe, Replies, Source
+from qlora_suite.sources import BadRow, Row
+
+SPLITS = ("train", "dev", "validation")
+BAD_ROWS_KEPT = 1000
+"""So many are named one by one; all are counted."""
+_SELECTED = pa.schema(
+    [
+        *dataset.CONVERSATIONS,
+        ("set", pa.int32()),
+        ("is_tree", pa.bool_()),
+        ("group_hash", pa.uint64()),
+        ("content_hash", pa.uint64()),
+        ("weight", pa.float64()),
+    ]
+)
+Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
+"""progress(items, description, total) shows how far a loop over the items is."""
+
+
+def quiet(items: Iterable[Any], description: str, total: int | None) -> Iterable[Any]:
+    """No progress to be seen."""
+    return items
+
+
+@dataclass
+class Counts:
+    """What became of one split's conversations."""
+
+    conversations: int = 0
+    """Taken from the rows."""
+    trees: int = 0
+    """OASST trees, or first questions."""
+    replies_outside: int = 0
+    """Replies whose length data.replies does not want: context, not learnt."""
+    no_reply: int = 0
+    """Conversations in which no reply of a wanted length is left, dropped."""
+    duplicates: int = 0
+    """Dropped because the same conversation is held out."""
+    same_question: int = 0
+    """Dropped because a held-out conversation begins with the same question (not for trees)."""
+    beyond_max: int = 0
+    """Beyond data.max_examples."""
+    weighted_out: int = 0
+    """Not taken, by a weight below 1."""
+    copies: int = 0
+    """Taken once more, by a weight above 1."""
+    open_ends: int = 0
+    """Last user turns that nobody answered, left off."""
+    unanswered: int = 0
+    """Conversations without an assistant turn, dropped."""
+    nothing_new: int = 0
+    """Conversations whose every answer is learnt through another one, or is context, dropped."""
+    refused: int = 0
+    """Conversations that the chat format cannot write, dropped."""
+    dropped_too_long: int = 0
+    kept: int = 0
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    """Tokens that the loss counts."""
+    cut_conversations: int = 0
+    cut_tokens: int = 0
+    """Supervised tokens beyond max_length."""
+    cut_bytes: int = 0
+    system_moved: int = 0
+    marker_texts: int = 0
+    """Texts in messages that look like a plain-text role marker."""
+    padding_share: float = 0.0
+    """Places of the packed rows that hold nothing."""
+
+
+@dataclass
+class SetCounts:
+    """What became of one data set's rows."""
+
+    name: str
+    form: Form
+    unit: str
+    """`messages` (OASST) or `rows`."""
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+class Conversations:
+    """Some of the conversations in a file, read as they are asked for; one may stand there several times."""
+
+    def __init__(self, path: Path, rows: np.ndarray, copies: np.ndarray) -> None:
+        self._table = dataset.read_table(path)
+        self._rows, self._copies = rows, copies
+
+    def __len__(self) -> int:
+        return int(self._copies.sum())
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """In file order. The key of a second copy ends in #2."""
+        start = 0
+        for batch in self._table.to_batches():
+            first, last = np.searchsorted(self._rows, [start, start + len(batch)])
+            if first < last:
+                records = batch.take(pa.array(self._rows[first:last] - start)).to_pylist()
+                for record, copies in zip(records, self._copies[first:last], strict=True):
+                    conversation = dataset.conversation_from(record)
+                    yield conversation
+                    for number in range(2, copies + 1):
+                        yield replace(conversation, key=f"{conversation.key}#{number}")
+            start += len(batch)
+
+
+@dataclass
+class Selection:
+    """Conversations by split, and what was left out on the way."""
+
+    splits: dict[str, Conversations]
+    """train, dev and validation; they still may end on a user turn."""
+    counts: dict[str, Counts]
+    sets: list[SetCounts]
+    bad_rows: list[BadRow]
+    """The first of them."""
+
+    @property
+    def num_read(self) -> int:
+        return sum(one.read for one in self.sets)
+
+    @property
+    def unit(self) -> str:
+        return "messages" if all(one.unit == "messages" for one in self.sets) else "rows"
+
+    @property
+    def dropped(self) -> Counter[str]:
+        return sum((one.dropped for one in self.sets), Counter())
+
+
+@contextlib.contextmanager
+def selected(recipe: Recipe, progress: Progress = quiet, strict: bool = False) -> Iterator[Selection]:
+    """The recipe's data sets read, and their conversations taken and split by tree or first question. They lie in a folder beside
+    data.prepared until the block ends.
+
+    Raises ValueError if the data cannot be read, the policy does not fit it, or a tree stands in two splits; with `strict` also for
+    the first bad row.
+    """
+    prepared = Path(recipe.data.prepared)
+    folder = prepared.with_name(f".{prepared.name}.{os.getpid()}.selected.tmp")
+    folder.mkdir(parents=True)
+    try:
+        yield _select(recipe, folder, progress, strict)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _select(recipe: Recipe, folder: Path, progress: Progress, strict: bool) -> Selection:
+    data = recipe.data
+    selection = Selection({}, {split: Counts() for split in SPLITS}, [], [])
+    paths = {split: folder / f"selected-{split}.arrow" for split in SPLITS}
+    tables = {split: dataset.TableWriter(path, _SELECTED) for split, path in paths.items()}
+    try:
+        for number, source in enumerate(data.each):
+            for loaded_as, conversations in _conversations(recipe, source, selection, progress, strict):
+                for conversation in conversations:
+                    split = _split_of(conversation.group, loaded_as, source, data.dev_share)
+                    selection.counts[split].conversations += 1
+                    wanted = _of_wanted_length(conversation, source.replies, selection.counts[split])
+                    if wanted is not None:
+                        _write(wanted, number, source, tables[split], selection)
+    finally:
+        for table in tables.values():
+            table.close()
+    _choose(recipe, paths, selection)
+    return selection
+
+
+# --- rows -> conversations
+
+
+def _conversations(
+    recipe: Recipe, source: Source, selection: Selection, progress: Progress, strict: bool
+) -> Iterator[tuple[str, Iterator[Conversation]]]:
+    """(how it was loaded: train, validation or all; its conversations), for each part of a data set."""
+    name = source.source if isinstance(source.source, str) else ", ".join(source.source or ())
+    found: SetCounts | None = None
+    for loaded_as, rows in sources.load(source).items():
+        head = list(itertools.islice(rows, chats.LOOK_AT))
+        form = _form(recipe, head, source)
+        if found is None:
+            found = SetCounts(name, form, "messages" if form == "oasst" else "rows")
+            selection.sets.append(found)
+        elif found.form != form:
+            raise ValueError(
+                f"the train split of {name} has rows of form {found.form}, the validation split of form {form}; "
+                "set data.form, or convert one"
+            )
+        everything = progress(itertools.chain(head, rows), f"reading {name}" + (f" ({loaded_as})" if loaded_as != "all" else ""), None)
+        good = _good(everything, found, selection, strict)
+        if form == "oasst":
+            conversations, dropped = oasst1.conversations([row.values for row in good], source.policy, source.filters)
+            found.dropped += dropped
+            yield loaded_as, iter(conversations)
+        else:
+            prefix = f"{len(selection.sets)}/" if len(recipe.data.each) > 1 else ""
+            yield loaded_as, _chats(good, form, source, prefix, found, selection, strict)
+
+
+def _form(recipe: Recipe, head: list[Row | BadRow], source: Source) -> Form:
+    """Raises ValueError if the rows are none that the recipe can use."""
+    if source.policy is not None:
+        seen = {chats.form_of(row.values, {}) for row in head if isinstance(row, Row)} - {None}
+        if seen and "oasst" not in seen:
+            raise ValueError(f"data.policy: {source.policy} has no effect on {min(seen)} rows, which are no trees; set data.policy: null")
+    form = chats.recognise(head, source)
+    if form == "oasst" and source.policy is None:
+        raise ValueError("OASST messages are trees: data.policy must say which conversations to take (all_paths is a good one)")
+    if form != "oasst" and source.filters not in (None, Filters()):
+        raise ValueError(f"data.filters have no effect on {form} rows, which carry no language, review or deletion; remove them")
+    if (form == "text") != (recipe.chat.format == "text") and form != "oasst":
+        remedy = "set chat.format: text" if form == "text" else "choose another chat.format"
+        raise ValueError(f"the rows of {source.source} are of form {form}, and chat.format is {recipe.chat.format}; {remedy}")
+    if source.learn_after and form != "text":
+        raise ValueError(f"data.learn_after has no effect on rows of form {form}; remove it")
+    return form
+
+
+def _good(rows: Iterable[Row | BadRow], found: SetCounts, selection: Selection, strict: bool) -> Iterator[Row]:
+    for row in rows:
+        found.read += 1
+        if isinstance(row, BadRow):
+            _leave_out(row, found, selection, strict)
+        else:
+            yield row
+
+
+def _chats(
+    rows: Iterable[Row], form: Form, source: Source, prefix: str, found: SetCounts, selection: Selection, strict: bool
+) -> Iterator[Conversation]:
+    for row in rows:
+        conversation = chats.conversation_of(row, form, source)
+        if isinstance(conversation, BadRow):
+            _leave_out(conversation, found, selection, strict)
+        else:
+            yield replace(conversation, key=prefix + conversation.key) if prefix else conversation
+
+
+def _leave_out(row: BadRow, found: SetCounts, selection: Selection, strict: bool) -> None:
+    if strict:
+        raise ValueError(f"{row} (without --strict such rows are left out and counted)")
+    found.dropped[row.reason] += 1
+    if len(selection.bad_rows) < BAD_ROWS_KEPT:
+        selection.bad_rows.append(row)
+
+
+# --- conversations -> splits
+
+
+def _split_of(group: str, loaded_as: str, source: Source, dev_share: float) -> str:
+    """Which split a group belongs to: a function of its id alone."""
+    if loaded_as == "validation":
+        return "validation"
+    share = 0.2 if source.validation_share is None else source.validation_share
+    if source.split == "by_hash" and oasst1.split_of(group, share, salt="validation"):
+        return "validation"
+    return "dev" if oasst1.split_of(group, dev_share, salt="dev") else "train"
+
+
+def _write(conversation: Conversation, number: int, source: Source, table: dataset.TableWriter, selection: Selection) -> None:
+    table.add(
+        {
+            **dataset.conversation_record(conversation),
+            "set": number,
+            "is_tree": selection.sets[-1].form == "oasst",
+            "group_hash": _hash(conversation.group),
+            "content_hash": _hash("\0".join(f"{turn.role}\0{turn.content}" for turn in conversation.turns)),
+            "weight": source.weight * _weight(conversation, source.replies),
+        }
+    )
+
+
+def _hash(text: str) -> int:
+    """64 bits: among 100 million texts two share it with a probability of 0.03 %."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _weight(conversation: Conversation, replies: Replies) -> float:
+    """By the mean number of words of what is learnt."""
+    words = [len(turn.content.split()) for turn in conversation.turns if turn.role == "assistant" and turn.learn]
+    if not words:
+        return 1.0
+    mean = sum(words) / len(words)
+    return next((entry.weight for entry in replies.weights if mean <= (entry.up_to_words or math.inf)), 1.0)
+
+
+def _of_wanted_length(conversation: Conversation, replies: Replies, counts: Counts) -> Conversation | None:
+    """Replies of another length become context. None if there were replies to learn, and none is left."""
+    if replies.min_words == 1 and replies.max_words is None:
+        return conversation
+
+    def outside(turn: Turn) -> bool:
+        return not replies.min_words <= len(turn.content.split()) <= (replies.max_words or math.inf)
+
+    unwanted = [turn.role == "assistant" and turn.learn and outside(turn) for turn in conversation.turns]
+    counts.replies_outside += sum(unwanted)
+    turns = tuple(replace(turn, learn=turn.learn and not no) for turn, no in zip(conversation.turns, unwanted, strict=True))
+    if any(unwanted) and not any(turn.role == "assistant" and turn.learn for turn in turns):
+        counts.no_reply += 1
+        return None
+    return replace(conversation, turns=turns)
+
+
+# --- which of them are taken
+
+
+def _choose(recipe: Recipe, paths: dict[str, Path], selection: Selection) -> None:
+    """Fill in the splits: without what is held out, then data.max_examples, then the weights."""
+    columns = {split: _Columns(path) for split, path in paths.items()}
+    held_out = columns["validation"]
+    for split, column in columns.items():
+        counts = selection.counts[split]
+        counts.trees = len(np.unique(column.group_hash))
+        keep = np.ones(len(column.set), dtype=bool)
+        if split != "validation":
+            shared = np.isin(column.group_hash, held_out.group_hash)
+            if (shared & column.is_tree).any():
+                _refuse_shared_trees(column, shared & column.is_tree)
+            later = [held_out, columns["dev"]] if split == "train" else [held_out]
+            same = np.isin(column.content_hash, np.concatenate([other.content_hash for other in later]))
+            keep = ~same & ~shared
+            counts.duplicates, counts.same_question = int(same.sum()), int((shared & ~same).sum())
+        copies = keep.astype(np.int64)
+        if split == "train":
+            for number, source in enumerate(recipe.data.each):
+                if source.max_examples is not None:
+                    mine = np.flatnonzero(keep & (column.set == number))
+                    # whole groups, chosen at random once and for all; file order is kept
+                    beyond = mine[np.lexsort((mine, column.group_hash[mine]))][source.max_examples :]
+                    copies[beyond] = 0
+                    counts.beyond_max += len(beyond)
+            taken = copies > 0
+            copies = np.where(taken, _times(column), 0)
+            counts.weighted_out = int((taken & (copies == 0)).sum())
+            counts.copies = int(np.maximum(copies - 1, 0).sum())
+        rows = np.flatnonzero(copies)
+        selection.splits[split] = Conversations(paths[split], rows, copies[rows])
+
+
+class _Columns:
+    """What decides over a split's conversations, in memory. [conversations] each"""
+
+    def __init__(self, path: Path) -> None:
+        self.table = dataset.read_table(path)
+        self.set, self.is_tree, self.group_hash, self.content_hash, self.weight = (
+            self.table[name].to_numpy() for name in ("set", "is_tree", "group_hash", "content_hash", "weight")
+        )
+
+
+def _times(column: _Columns) -> np.ndarray:
+    """How often each is taken: a weight of 1.3 is once, and for three in ten, by a hash of what they say, twice. [conversations]"""
+    whole = np.floor(column.weight)
+    chance = (column.content_hash * np.uint64(0x9E3779B97F4A7C15)).astype(np.float64) / 2**64  # another order than the hash's own
+    return (whole + (chance < column.weight - whole)).astype(np.int64)
+
+
+def _refuse_shared_trees(column: _Columns, shared: np.ndarray) -> None:
+    groups = column.table.filter(pa.array(shared))["group"].unique().to_pylist()
+    raise ValueError(
+        f"{len(groups)} trees stand in both train and validation, e.g. {min(groups)}; a validation score would be worthless: "
+        "remove them from one, or let data.split: by_hash cut the split"
+    )
+
+
+# --- for people
+
+
+def write_ids(path: Path, splits: dict[str, Conversations]) -> int:
+    """One line per conversation: key, tab, message ids separated by spaces. Before a last user turn is dropped. Returns their number."""
+    number = 0
+    with path.open("w", encoding="utf-8") as file:
+        for split in SPLITS:
+            for conversation in splits[split]:
+                file.write(oasst1.ids_line(conversation) + "\n")
+                number += 1
+    return number
+
+
+def write_messages(path: Path, splits: dict[str, Conversations]) -> None:
+    """Readable conversations, one JSON object a line, in a form that can be read again."""
+    with path.open("w", encoding="utf-8") as file:
+        for split in SPLITS:
+            for c in splits[split]:
+                # an answer that is learnt elsewhere must not be learnt again when this file is read
+                messages = [{"role": t.role, "content": t.content} | ({} if t.learn else {"train": False}) for t in c.turns]
+                line = {"split": split, "key": c.key, "tree": c.group, "language": c.language, "messages": messages}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
