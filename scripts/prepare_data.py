@@ -3,9 +3,11 @@
 
     python scripts/prepare_data.py recipes/quickstart.yaml
     python scripts/prepare_data.py recipes/quickstart.yaml data.policy=best_path --ids ids.tsv --export-jsonl chats.jsonl
+    python scripts/prepare_data.py recipes/my_chat_data.yaml --inspect chats.json      what is in a file, and what to write into a recipe
 
 Runs once, on one process, without a GPU. Run again it says that the data is up to date, or makes it anew if the recipe or a
-source file has changed. Writes the recipe's data.prepared folder: train.arrow, dev.arrow, validation.arrow, tokenizer/, manifest.json.
+source file has changed. Writes the recipe's data.prepared folder: train.arrow, dev.arrow, validation.arrow, bad_rows.jsonl, tokenizer/,
+manifest.json. Rows that cannot be used are left out, counted and named; --strict stops at the first.
 """
 
 import os
@@ -20,6 +22,7 @@ from rich.text import Text
 from qlora_suite import dataset
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
+from qlora_suite.inspection import LENGTHS, inspect, quantiles
 from qlora_suite.preparation import check_replaceable, prepare
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
@@ -141,6 +144,41 @@ def show_example(renderer: Renderer, example: Rendered) -> None:
     console.rule()
 
 
+def show_inspection(recipe: Recipe, file: str) -> None:
+    """What is in a file: form, what would be left out, lengths, an example, and the lines for a recipe."""
+    found = inspect(recipe, file, progress)
+    rows = f"the first {found.read:,} rows" if found.more else f"{found.read:,} rows"
+    say(f"{file}: {rows}, of form {found.form}; tokens are those of {recipe.model.base}, chat format {found.chat.format}\n")
+    keys = ", ".join(key if count == found.read else f"{key} ({count:,})" for key, count in found.keys.most_common(12))
+    say(f"keys            {keys}")
+    roles = ", ".join(f"{role} {count:,}" for role, count in found.roles.most_common())
+    say(f"conversations   {len(found.turns):,}; turns: {roles or 'none'}")
+    if found.open_ends or found.unanswered:
+        say(f"                {found.open_ends:,} end on an unanswered question, which is left off; {found.unanswered:,} have no answer")
+    for reason, count in found.dropped.most_common():
+        say(f"left out        {count:,}: {reason}")
+        for row in (row for row in found.bad_rows if row.reason == reason):
+            say(f"                  {row}")
+    if found.refused:
+        say(f"                  {found.refused}")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", min_width=15)
+    parts = {"turns": found.turns, "words of a reply": found.reply_words, "tokens": found.tokens}
+    for name in quantiles(found.turns or [0]):
+        table.add_column(name, justify="right")
+    for name, values in parts.items():
+        table.add_row(name, *(f"{value:,.0f}" for value in quantiles(values).values()))
+    console.print(table)
+    if found.tokens:
+        shares = "   ".join(f"{length:,}: {found.share_cut(length):.1%}" for length in LENGTHS)
+        say(f"\nlonger than max_length   {shares}")
+        say(f"learnt                   {found.supervised / sum(found.tokens):.0%} of {sum(found.tokens):,} tokens")
+    if found.example is not None:
+        show_example(found.renderer, found.example)
+    say("for a recipe:\n")
+    console.print(Text(found.recipe_lines(recipe.data), style="cyan"))
+
+
 def progress(items: Iterable[Any], description: str, total: int | None) -> Iterable[Any]:
     columns = (
         TextColumn("{task.description}"),
@@ -156,8 +194,9 @@ def progress(items: Iterable[Any], description: str, total: int | None) -> Itera
 
 if __name__ == "__main__":
     parser = parser_for(__doc__)
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--inspect", metavar="FILE", help="show what is in a file, folder or hub data set, and prepare nothing")
     parser.add_argument("--ids", metavar="FILE", help="write one line per example: key, tab, message ids")
     parser.add_argument("--export-jsonl", metavar="FILE", help="write readable conversations")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used, instead of leaving it out")
@@ -169,6 +208,14 @@ if __name__ == "__main__":
         parser.error(f"--num-workers is {args.num_workers}; give 1 or more")
 
     def main() -> None:
+        if args.inspect is not None:
+            if args.recipe is None or ("=" in args.recipe and not Path(args.recipe).is_file()):
+                args.overrides = [*filter(None, [args.recipe]), *args.overrides]
+                args.recipe = Path(__file__).parents[1] / "recipes" / "my_chat_data.yaml"
+            show_inspection(load(args.recipe, args.overrides), args.inspect)
+            return
+        if args.recipe is None:
+            raise ValueError("give a recipe, or --inspect FILE")
         run(load(args.recipe, args.overrides), args.ids, args.export_jsonl, args.strict, args.num_workers)
 
     with_clear_errors(main, debug=args.debug)

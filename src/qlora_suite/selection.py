@@ -40,6 +40,7 @@ _SELECTED = pa.schema(
         ("set", pa.int32()),
         ("is_tree", pa.bool_()),
         ("group_hash", pa.uint64()),
+        ("question_hash", pa.uint64()),
         ("content_hash", pa.uint64()),
         ("weight", pa.float64()),
     ]
@@ -297,6 +298,7 @@ def _write(conversation: Conversation, number: int, source: Source, table: datas
             "set": number,
             "is_tree": selection.sets[-1].form == "oasst",
             "group_hash": _hash(conversation.group),
+            "question_hash": _hash(next((turn.content for turn in conversation.turns if turn.role == "user"), conversation.group)),
             "content_hash": _hash("\0".join(f"{turn.role}\0{turn.content}" for turn in conversation.turns)),
             "weight": source.weight * _weight(conversation, source.replies),
         }
@@ -346,9 +348,13 @@ def _choose(recipe: Recipe, paths: dict[str, Path], selection: Selection) -> Non
         counts.trees = len(np.unique(column.group_hash))
         keep = np.ones(len(column.set), dtype=bool)
         if split != "validation":
-            shared = np.isin(column.group_hash, held_out.group_hash)
-            if (shared & column.is_tree).any():
-                _refuse_shared_trees(column, shared & column.is_tree)
+            shared_trees = column.is_tree & np.isin(column.group_hash, held_out.group_hash[held_out.is_tree])
+            if shared_trees.any():
+                _refuse_shared_trees(column, shared_trees)
+            # Different trees may well begin with the same words: people wrote them apart from each other.
+            of_chats = np.isin(column.question_hash, held_out.question_hash[~held_out.is_tree])
+            of_trees = np.isin(column.question_hash, held_out.question_hash[held_out.is_tree]) & ~column.is_tree
+            shared = of_chats | of_trees
             later = [held_out, columns["dev"]] if split == "train" else [held_out]
             same = np.isin(column.content_hash, np.concatenate([other.content_hash for other in later]))
             keep = ~same & ~shared
@@ -375,8 +381,8 @@ class _Columns:
 
     def __init__(self, path: Path) -> None:
         self.table = dataset.read_table(path)
-        self.set, self.is_tree, self.group_hash, self.content_hash, self.weight = (
-            self.table[name].to_numpy() for name in ("set", "is_tree", "group_hash", "content_hash", "weight")
+        self.set, self.is_tree, self.group_hash, self.question_hash, self.content_hash, self.weight = (
+            self.table[name].to_numpy() for name in ("set", "is_tree", "group_hash", "question_hash", "content_hash", "weight")
         )
 
 

@@ -254,7 +254,7 @@ def _parse(line: bytes, place: Place) -> Row | BadRow | None:
         return BadRow(place, "nested too deep to be read")
     except ValueError as error:  # no JSON, or a number of thousands of digits
         where = f"character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        return BadRow(place, "not JSON", where, shown(text.strip()))
+        return BadRow(place, "not JSON", where, text.strip()[:_SHOWN])
     return _checked(row, place, "\\ud" in text.lower())
 
 

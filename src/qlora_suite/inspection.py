@@ -1,0 +1,168 @@
+"""What is in a file of data, before anything is prepared: its form, what would be left out, how long things are, what to write."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qlora_suite import chats, oasst1, sources
+from qlora_suite.chat import Renderer
+from qlora_suite.conversations import Conversation
+from qlora_suite.model import load_config, load_tokenizer
+from qlora_suite.recipe import Chat, Form, Recipe, Source
+from qlora_suite.rendered import Rendered
+from qlora_suite.role_markers import add_role_markers
+from qlora_suite.selection import Progress
+from qlora_suite.sources import BadRow, Row
+
+MAX_ROWS = 10_000
+"""Of a file of chats or texts; OASST trees are read whole."""
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+HOW_ROWS_ARE_READ = ("form", "fields", "roles", "same_role", "tool_turns", "learn_after", "learn_until", "filters")
+ENOUGH = 0.05
+"""The suggested max_length cuts at most this share of the conversations."""
+
+
+@dataclass
+class Inspection:
+    file: str
+    form: Form
+    chat: Chat
+    """How the example and the tokens were written."""
+    context: int | None
+    """The base's longest input, in tokens."""
+    policy: str | None = None
+    keys: Counter[str] = field(default_factory=Counter)
+    """Key of the rows -> rows that have it."""
+    read: int = 0
+    more: bool = False
+    """There are rows behind those that were looked at."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    bad_rows: list[BadRow] = field(default_factory=list)
+    refused: str = ""
+    """Why the chat format cannot write the first of those that it cannot."""
+    roles: Counter[str] = field(default_factory=Counter)
+    """Role -> turns."""
+    turns: list[int] = field(default_factory=list)
+    """Turns of each conversation."""
+    reply_words: list[int] = field(default_factory=list)
+    """Words of each reply that is learnt."""
+    tokens: list[int] = field(default_factory=list)
+    """Tokens of each conversation."""
+    supervised: int = 0
+    open_ends: int = 0
+    unanswered: int = 0
+    example: Rendered | None = None
+    renderer: Renderer | None = None
+
+    def share_cut(self, max_length: int) -> float:
+        """Share of the conversations that are longer."""
+        return float(np.mean(np.array(self.tokens) > max_length)) if self.tokens else 0.0
+
+    @property
+    def max_length(self) -> int:
+        """The smallest that cuts few conversations and that the base can take."""
+        possible = [n for n in LENGTHS if self.context is None or n <= self.context] or [LENGTHS[0]]
+        return next((n for n in possible if self.share_cut(n) <= ENOUGH), possible[-1])
+
+    def recipe_lines(self, source: Source) -> str:
+        """What to paste into a recipe."""
+        lines = ["data:", f"  source: {self.file}", "  split: by_hash            # a fifth is held out for scripts/evaluate.py"]
+        lines += [f"  policy: {self.policy}"] if self.policy else [f"  form: {self.form}"]
+        for key in ("fields", "roles"):
+            if pairs := getattr(source, key):
+                lines.append(f"  {key}: {{{', '.join(f'{a}: {b}' for a, b in pairs)}}}")
+        for key in ("same_role", "tool_turns"):
+            if (value := getattr(source, key)) != Source.model_fields[key].default:
+                lines.append(f"  {key}: {value}")
+        lines += [f"  max_length: {self.max_length}", "chat:", f"  format: {self.chat.format}"]
+        return "\n".join(lines)
+
+
+def inspect(recipe: Recipe, file: str, progress: Progress) -> Inspection:
+    """Look at a file (folder, hub id) with the recipe's base, chat format, names of fields and roles.
+
+    Where the recipe's chat format cannot be meant for such rows (plain text, or chats for `format: text`), another one is used.
+    Raises ValueError if the file cannot be read or its rows are of no form that is known.
+    """
+    source = Source(source=file, split="all").model_copy(update={key: getattr(recipe.data, key) for key in HOW_ROWS_ARE_READ})
+    rows = sources.read(file)
+    head = list(itertools.islice(rows, chats.LOOK_AT))
+    form = chats.recognise(head, source)
+    chat = recipe.chat
+    if (form == "text") != (chat.format == "text"):
+        chat = Chat(format="text" if form == "text" else "model")
+    config = load_config(recipe.model).get_text_config()
+    found = Inspection(file, form, chat, getattr(config, "max_position_embeddings", None), "all_paths" if form == "oasst" else None)
+    tokenizer = load_tokenizer(recipe.model)
+    renderer = Renderer(tokenizer, chat, add_role_markers(tokenizer, config.vocab_size, chat))
+    found.renderer = renderer
+
+    good: list[Row] = []
+    limit = None if form == "oasst" else MAX_ROWS
+    for row in progress(itertools.islice(itertools.chain(head, rows), limit), f"reading {file}", limit):
+        found.read += 1
+        if isinstance(row, BadRow):
+            _leave_out(row, found)
+        else:
+            found.keys.update(row.values.keys())
+            good.append(row)
+    found.more = limit is not None and next(rows, None) is not None
+    for conversation in progress(_conversations(good, source, found), "tokenising", None):
+        _look_at(conversation, renderer, found)
+    return found
+
+
+def _conversations(rows: Sequence[Row], source: Source, found: Inspection) -> Iterable[Conversation]:
+    if found.form == "oasst":
+        conversations, dropped = oasst1.conversations([row.values for row in rows], found.policy, source.filters)
+        found.dropped += dropped
+        yield from conversations
+        return
+    for row in rows:
+        conversation = chats.conversation_of(row, found.form, source)
+        if isinstance(conversation, BadRow):
+            _leave_out(conversation, found)
+        else:
+            yield conversation
+
+
+def _leave_out(row: BadRow, found: Inspection) -> None:
+    found.dropped[row.reason] += 1
+    if found.dropped[row.reason] <= 3:
+        found.bad_rows.append(row)
+
+
+def _look_at(conversation: Conversation, renderer: Renderer, found: Inspection) -> None:
+    found.roles.update(turn.role for turn in conversation.turns)
+    found.turns.append(len(conversation.turns))
+    kept = conversation.without_open_end()
+    if kept is None:
+        found.unanswered += 1
+        return
+    found.open_ends += len(kept.turns) < len(conversation.turns)
+    found.reply_words += [len(t.content.split()) for t in kept.turns if t.role == "assistant" and t.learn]
+    try:
+        rendered = renderer.render(kept)
+    except ValueError as why:
+        found.dropped["the chat format cannot write it"] += 1
+        found.refused = found.refused or str(why)
+        return
+    found.tokens.append(len(rendered.ids))
+    found.supervised += rendered.num_supervised
+    if rendered.num_supervised and (found.example is None or _distance(rendered) < _distance(found.example)):
+        found.example = rendered
+
+
+def _distance(rendered: Rendered) -> int:
+    return abs(len(rendered.ids) - 150)
+
+
+def quantiles(values: Sequence[int]) -> dict[str, Any]:
+    """Half, nine in ten and 99 in 100 are at most so long; and the longest."""
+    if not values:
+        return {}
+    return {"half": np.quantile(values, 0.5), "90 %": np.quantile(values, 0.9), "99 %": np.quantile(values, 0.99), "longest": max(values)}
