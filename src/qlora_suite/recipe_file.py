@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,16 @@ FOREIGN = {
     "save_steps": "here it is checkpoints.every_steps",
     "eval_steps": "here it is evaluation.every_steps",
     "max_seq_length": "here it is data.max_length",
+    "datasets": "here they are data.sets",
+    "chat_template": "here it is chat.format: model (the base's own template), chatml, or one of the others",
+    "train_on_inputs": "here it is chat.loss_on: all",
+    "val_set_size": "here it is data.split: by_hash with data.validation_share",
+    "dataset_text_field": "here it is data.fields: {text: NAME}",
 }
 """Keys of other suites, and where their meaning lives here."""
 FOREIGN.update(dict.fromkeys(("bf16", "fp16"), FOREIGN["mixed_precision"]))
+FOREIGN.update(dict.fromkeys(("sequence_len", "cutoff_len"), FOREIGN["max_seq_length"]))
+FOREIGN.update(dict.fromkeys(("sample_packing", "neat_packing"), "here it is data.packing"))
 
 
 class _Loader(yaml.SafeLoader):
@@ -152,6 +159,9 @@ def _complaints(error: Any) -> list[str]:
     if error["type"] == "extra_forbidden":
         if path[-1] in FOREIGN:
             return [f"{key}: unknown key; {FOREIGN[path[-1]]}"]
+        elsewhere = [f"{name}.{path[-1]}" for name, inner in _sections() if path[-1] in inner.model_fields]
+        if elsewhere:
+            return [f"{key}: unknown key; did you mean {' or '.join(elsewhere)}?"]
         near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known here: {', '.join(section.model_fields)}"
         return [f"{key}: unknown key; {hint}"]
@@ -178,6 +188,13 @@ def _merged(complaints: Iterable[str]) -> list[str]:
 def _as_written(value: Any) -> str:
     """A value as it stands in YAML, where null is not None and a list is no tuple."""
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    """The recipe's sections by their names."""
+    for name, field in Recipe.model_fields.items():
+        if (section := _section_of(field.annotation)) is not None:
+            yield name, section
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

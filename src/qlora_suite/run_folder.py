@@ -36,6 +36,7 @@ from qlora_suite.prequantized import record_of, source_of
 from qlora_suite.ranks import gathered, together
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import to_yaml
+from qlora_suite.remarks import remarks
 from qlora_suite.tracking import Journal, Status, say, start_trackers, sync_command
 from qlora_suite.watchdog import explain_lost_peers
 
@@ -207,6 +208,8 @@ class Run:
             f"step       {rows_per_step} rows on {where}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
             f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {'on' if checkpointing else 'off'}"
         )
+        for remark in remarks(self.recipe, order.num_rows, order.num_steps):
+            say(f"note       {remark}")
 
     # ---- while it learns ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,21 @@
+"""What a run may do, and what its owner probably did not mean: said once at the start, never refused."""
+
+from qlora_suite.recipe import Recipe
+
+
+def remarks(recipe: Recipe, num_rows: int, num_steps: int) -> list[str]:
+    """Sentences for the console, about a run of so many steps on so many rows."""
+    found = []
+    warmup, rows_per_step = recipe.optim.warmup_steps, recipe.train.rows_per_step
+    if warmup > num_steps:
+        found.append(f"all {num_steps} steps are warm-up (optim.warmup_steps: {warmup}), so the rate never reaches optim.learning_rate")
+    if num_rows < rows_per_step:
+        found.append(
+            f"the data has {num_rows} rows, fewer than a step (train.rows_per_step: {rows_per_step}): every step holds all of them"
+        )
+    every = recipe.evaluation.every_steps
+    if every is not None and every > num_steps:
+        found.append(
+            f"the run ends before its first evaluation (evaluation.every_steps: {every}, {num_steps} steps); one is made at the end"
+        )
+    return found

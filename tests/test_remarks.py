@@ -1,0 +1,20 @@
+"""What a run probably did not mean is said, and what is usual is not."""
+
+from conftest import MakeRecipe
+
+from qlora_suite.recipe_file import load
+from qlora_suite.remarks import remarks
+
+
+def test_a_usual_run_needs_no_remark(make_recipe: MakeRecipe) -> None:
+    recipe = load(make_recipe("optim.warmup_steps=10", "train.rows_per_step=8", "evaluation.every_steps=10"))
+    assert remarks(recipe, num_rows=8, num_steps=10) == []
+
+
+def test_each_oddity_is_named_with_its_key_and_numbers(make_recipe: MakeRecipe) -> None:
+    recipe = load(make_recipe("optim.warmup_steps=10", "train.rows_per_step=8", "evaluation.every_steps=10"))
+    warmup, rows, evaluation = remarks(recipe, num_rows=7, num_steps=9)
+    assert "optim.warmup_steps: 10" in warmup
+    assert "7 rows" in rows
+    assert "train.rows_per_step: 8" in rows
+    assert "evaluation.every_steps: 10, 9 steps" in evaluation
