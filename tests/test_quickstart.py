@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,18 @@ MADE = ("prepared/quickstart/manifest.json", "runs/quickstart/report.md", "runs/
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project in another folder, without what earlier runs left."""
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The project in another folder, without what earlier runs left.
+
+    The quickstart installs that folder, editable, into the environment of these tests: afterwards it leads here again.
+    """
+    links = [path for path in Path(sysconfig.get_path("purelib")).glob("__editable__*qlora_suite*") if path.is_file()]
+    before = {path: path.read_bytes() for path in links}
     folder = tmp_path_factory.mktemp("a checkout") / "qlora-suite"
     left_out = shutil.ignore_patterns(".git", ".venv", "runs", "prepared", "build", "data", "*cache*", "*.egg-info")
-    return Path(shutil.copytree(ROOT, folder, ignore=left_out))
+    yield Path(shutil.copytree(ROOT, folder, ignore=left_out))
+    for path, content in before.items():
+        path.write_bytes(content)
 
 
 def quickstart(checkout: Path, *options: str) -> subprocess.CompletedProcess[str]:
