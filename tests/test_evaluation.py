@@ -100,7 +100,7 @@ def test_scores_do_not_depend_on_the_batches(
 
 def test_every_learnt_answer_is_scored_exactly_once_or_counted_as_cut(tiny_base: Path) -> None:
     """On all trees of the validation file, in a window so small that much has to be left out."""
-    found, _ = oasst1.conversations(sources.read(str(OASST1)), "all_paths", None)
+    found, _ = oasst1.conversations([row.values for row in sources.read(str(OASST1))], "all_paths", None)
     everything = [kept for c in found if (kept := c.without_open_end())]
     ours = [renderer(tiny_base, name) for name in ("oasst", "human_assistant")]
     kept, cut = excerpts(everything, ours, 300)

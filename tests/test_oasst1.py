@@ -17,7 +17,7 @@ POLICIES = ("best_path", "joined_replies", "best_replies", "all_replies", "all_p
 
 @pytest.fixture(scope="module")
 def messages() -> list[dict[str, Any]]:
-    return sources.read(str(ASSET))
+    return [row.values for row in sources.read(str(ASSET))]
 
 
 def message(name: str, parent: str | None = None, **more: Any) -> dict[str, Any]:

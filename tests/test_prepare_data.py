@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 from conftest import ROOT, MakeRecipe, run_script
 
 from qlora_suite import dataset
+from qlora_suite.chat import Renderer
 from qlora_suite.command_line import with_clear_errors
 from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import MANIFEST, Rows, load_manifest, read_conversations
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
+from qlora_suite.rendered import Rendered
 from qlora_suite.selection import SPLITS
 
 ASSET = ROOT / "assets" / "oasst1_en_validation.jsonl.gz"
@@ -34,9 +37,9 @@ def script() -> ModuleType:
     return module
 
 
-def prepared(script: ModuleType, recipe: Recipe, ids: Path | None = None, export: Path | None = None) -> dict[str, Any]:
+def prepared(script: ModuleType, recipe: Recipe, ids: Path | None = None, export: Path | None = None, **options: Any) -> dict[str, Any]:
     """Run the script; returns the manifest."""
-    script.run(recipe, str(ids) if ids else None, str(export) if export else None)
+    script.run(recipe, str(ids) if ids else None, str(export) if export else None, **options)
     return load_manifest(recipe)
 
 
@@ -53,10 +56,10 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def refusal(script: ModuleType, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> str:
+def refusal(script: ModuleType, recipe: Recipe, capsys: pytest.CaptureFixture[str], strict: bool = False) -> str:
     """What a person sees: one sentence, exit code 2, no traceback."""
     with pytest.raises(SystemExit) as ended:
-        with_clear_errors(lambda: script.run(recipe, None, None), debug=False)
+        with_clear_errors(lambda: script.run(recipe, None, None, strict), debug=False)
     assert ended.value.code == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
@@ -197,7 +200,8 @@ def test_what_is_cut_and_what_is_kept_is_everything(script: ModuleType, make_rec
 def test_max_examples_takes_that_many_and_the_rest_stays_as_it_is(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     whole, few = (prepared(script, load(make_recipe(f"data.max_examples={n}", f"data.prepared={tmp_path / n}"))) for n in ("null", "9"))
     counts = few["counts"]["train"]
-    assert counts["conversations"] - counts["beyond_max"] == counts["kept"] + counts["unanswered"] + counts["nothing_new"] == 9
+    fates = ("kept", "unanswered", "nothing_new", "dropped_too_long")
+    assert counts["conversations"] - counts["beyond_max"] == sum(counts[fate] for fate in fates) == 9
     assert few["counts"]["dev"] == whole["counts"]["dev"]
     assert few["files"]["validation.arrow"] == whole["files"]["validation.arrow"]
 
@@ -264,13 +268,110 @@ def test_what_cannot_be_done_is_one_sentence(script, make_recipe: MakeRecipe, ca
     assert not list(Path(recipe.data.prepared).parent.glob(".*tmp"))
 
 
-def test_a_malformed_line_is_named_with_its_file_and_number(script, make_recipe: MakeRecipe, tmp_path: Path, capsys) -> None:
+def chats_with_bad_rows(path: Path) -> Path:
+    good = [{"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": f"Answer {i}."}]} for i in range(30)]
+    narrated = [{"messages": [{"role": "narrator", "content": f"Once {i}."}]} for i in range(5)]
+    lines = [json.dumps(row) for row in [*good[:3], *narrated, *good[3:], {"messages": "hello"}]]
+    path.write_text("\n".join([*lines, '{"messages": [', ""]))
+    return path
+
+
+def of_chats(make_recipe: MakeRecipe, source: Path, *overrides: str) -> Recipe:
+    return load(make_recipe(f"data.source={source}", "data.policy=null", "data.split=all", "data.dev_share=0.0", *overrides))
+
+
+def test_bad_rows_are_counted_shown_and_kept_with_their_places(script, make_recipe: MakeRecipe, tmp_path: Path, capsys) -> None:
+    recipe = of_chats(make_recipe, chats_with_bad_rows(tmp_path / "chats.jsonl"))
+    counts = prepared(script, recipe)["counts"]
+    assert (counts["read"], counts["train"]["kept"]) == (37, 30)
+    assert counts["dropped"] == {"no list of messages": 1, "not JSON": 1, "unknown role": 5}
+    kept = [json.loads(line) for line in (Path(recipe.data.prepared) / "bad_rows.jsonl").read_text().splitlines()]
+    narrated = [{"place": f"chats.jsonl line {n}", "reason": "unknown role", "key": "role", "value": '"narrator"'} for n in range(4, 9)]
+    assert kept[:6] == [*narrated, kept[5]]
+    assert kept[5] == {"place": "chats.jsonl line 36", "reason": "no list of messages", "key": "messages", "value": '"hello"'}
+    assert (kept[6]["place"], kept[6]["reason"], len(kept)) == ("chats.jsonl line 37", "not JSON", 7)
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        'chats.jsonl line 4: unknown role, role: "narrator"',
+        'line 36: no list of messages, messages: "hello"',
+        "line 37: not JSON",
+    ):
+        assert words in shown
+    assert shown.count("left out: chats.jsonl") == 5  # three of each reason
+    assert "see bad_rows.jsonl" in shown
+    assert "dropped: unknown role 5" in shown
+
+
+@pytest.mark.parametrize(
+    ("skip", "words"), [(0, 'chats.jsonl line 4: unknown role, role: "narrator"'), (8, "chats.jsonl line 28: not JSON")]
+)
+def test_strict_stops_at_the_first_bad_row(script, make_recipe: MakeRecipe, tmp_path: Path, capsys, skip: int, words: str) -> None:
+    source = chats_with_bad_rows(tmp_path / "chats.jsonl")
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(lines[skip:-2] + lines[-1:] if skip else lines))
+    recipe = of_chats(make_recipe, source)
+    assert words in " ".join(refusal(script, recipe, capsys, strict=True).split())
+    assert not list(Path(recipe.data.prepared).parent.glob(".*tmp"))
+    assert not Path(recipe.data.prepared).exists()
+
+
+def test_strict_takes_what_has_no_bad_row(script, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = load(make_recipe())
+    strict = prepared(script, recipe, strict=True)
+    again = load(make_recipe(f"data.prepared={tmp_path / 'again'}"))
+    assert prepared(script, again)["files"] == strict["files"]
+
+
+@pytest.fixture
+def picky(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat format that cannot write one of the answers."""
+    render = Renderer.render
+
+    def refusing(self: Renderer, conversation: Conversation) -> Rendered:
+        if "Answer 7." in (turn.content for turn in conversation.turns):
+            raise ValueError(f"conversation {conversation.key}: that cannot be written")
+        return render(self, conversation)
+
+    monkeypatch.setattr(Renderer, "render", refusing)
+
+
+@pytest.mark.parametrize("split", ["all", "by_hash"])
+def test_what_the_chat_format_cannot_write_is_counted_and_named(
+    script, make_recipe: MakeRecipe, tmp_path: Path, capsys, picky: None, split: str
+) -> None:
+    share = ["data.split=by_hash", "data.validation_share=0.999"] if split == "by_hash" else []
+    recipe = of_chats(make_recipe, chats_with_bad_rows(tmp_path / "chats.jsonl"), *share)
+    if split == "by_hash":  # everything is held out but what stands in another file
+        rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}]
+        recipe = of_chats(
+            make_recipe, write_lines(tmp_path / "x.jsonl", rows), "data.split=published", f"data.validation_source={recipe.data.source}"
+        )
+    counts = prepared(script, recipe)["counts"]
+    c = counts["train" if split == "all" else "validation"]
+    assert (c["refused"], c["kept"], c["conversations"]) == (1, 29, 30)
+    kept = [json.loads(line) for line in (Path(recipe.data.prepared) / "bad_rows.jsonl").read_text().splitlines()]
+    assert (kept[-1]["place"], kept[-1]["reason"]) == ("chats.jsonl:13", "the chat format cannot write it")
+    assert "that cannot be written" in kept[-1]["value"]
+    assert "dropped: the chat format cannot write them" in capsys.readouterr().out
+
+
+def test_strict_stops_at_what_the_chat_format_cannot_write(script, make_recipe: MakeRecipe, tmp_path: Path, capsys, picky: None) -> None:
+    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": f"Answer {i}."}]} for i in range(9)]
+    recipe = of_chats(make_recipe, write_lines(tmp_path / "a.jsonl", rows))
+    assert "conversation a.jsonl:8: that cannot be written" in " ".join(refusal(script, recipe, capsys, strict=True).split())
+    assert not list(Path(recipe.data.prepared).parent.glob(".*tmp"))
+
+
+def test_data_without_one_good_row_is_named_with_the_first(script, make_recipe: MakeRecipe, tmp_path: Path, capsys) -> None:
     source = tmp_path / "broken.jsonl"
-    source.write_text('{"text": "fine"}\n{"text": "not\n')
-    said = refusal(script, load(make_recipe(f"data.source={source}", "data.policy=null", "chat.format=text")), capsys)
-    assert f"{source}" in said
-    assert "2" in said.replace(str(source), "")
-    assert "not JSON" in said
+    source.write_text('{"messages": [\n{"messages": "x"\n')
+    said = " ".join(refusal(script, of_chats(make_recipe, source), capsys).split())
+    assert "none of the first 2 rows can be read; broken.jsonl line 1: not JSON" in said
+    source.write_text('{"messages": "x"}\n{"messages": []}\n')
+    said = " ".join(refusal(script, of_chats(make_recipe, source), capsys).split())
+    assert "no conversation is left to train on: of 2 rows read" in said
+    assert "1 no list of messages, 1 empty" in said
+    assert "(the first: broken.jsonl line 1: no list of messages" in said
 
 
 def test_a_policy_for_data_without_trees_is_refused(script, make_recipe: MakeRecipe, tmp_path: Path, capsys) -> None:
@@ -381,13 +482,21 @@ def test_a_manifest_that_is_none_is_answered_with_the_command(script, make_recip
     prepared(script, recipe)
 
 
-def test_an_interrupted_preparation_leaves_the_old_data(script, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", ["reading", "tokenising train", "tokenising dev", "checking validation"])
+def test_an_interrupted_preparation_leaves_the_old_data(script, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     recipe = load(make_recipe())
     before = prepared(script, recipe)
-    monkeypatch.setattr(script, "progress", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def progress(items: Iterable[Any], description: str, total: int | None) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if description.startswith(at) and number == 2:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(script, "progress", progress)
     (Path(recipe.data.prepared) / "dev.arrow").rename(Path(recipe.data.prepared) / "aside")
     with pytest.raises(KeyboardInterrupt):
         script.run(recipe, None, None)
     (Path(recipe.data.prepared) / "aside").rename(Path(recipe.data.prepared) / "dev.arrow")
     assert load_manifest(recipe) == before
-    assert not list(Path(recipe.data.prepared).parent.glob(".*tmp"))
+    assert not list(Path(recipe.data.prepared).parent.glob(".*"))

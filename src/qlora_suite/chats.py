@@ -217,8 +217,10 @@ def _sharegpt(get: Any, reading: _Reading) -> tuple[Turn, ...]:
 
 def _alpaca(get: Any, reading: _Reading) -> tuple[Turn, ...]:
     """The input stands below the instruction, behind a blank line."""
-    turns = []
-    for pair in get("history") or []:
+    turns, history = [], get("history") or []
+    if not isinstance(history, list | tuple):
+        raise _Bad("history is no list of pairs", "history", history)
+    for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise _Bad("history holds something else than a pair", "history", pair)
         turns += [Turn("user", reading.content(pair[0], "history")), Turn("assistant", reading.content(pair[1], "history"))]
@@ -277,5 +279,5 @@ def _text_turns(text: Any, source: Source) -> tuple[Turn, ...]:
         learn = match[0] in source.learn_after
     take(len(text))
     if not any(turn.role == "assistant" for turn in turns):
-        raise _Bad("no marker of data.learn_after in it", "text", text)
+        raise _Bad("nothing stands behind a marker of data.learn_after", "text", text)
     return tuple(turns)

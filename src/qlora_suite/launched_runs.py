@@ -2,7 +2,8 @@
 
     launch("zero3", [Case("at once"), Case("resumed", killed_after=7)], folder, recipe, overrides, processes=2, gpu=False)
 
-What scripts/verify.py, scripts/compatibility.py and the tests are made of. Each case has a folder below `folder` and a log beside it.
+What scripts/verify.py, scripts/compatibility.py, benchmarks/seeds.py and the tests are made of. Each case has a folder below `folder`
+and a log beside it.
 """
 
 import contextlib

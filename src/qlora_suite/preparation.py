@@ -135,9 +135,13 @@ def template_agreement(conversations: Iterable[Conversation], renderer: Renderer
         texts = [t.content for t in conversation.turns]
         if any(t != t.strip() or any(c in t for c in control) for t in texts):
             continue
+        try:
+            ids = renderer.render(conversation).ids
+        except ValueError:  # it is counted as refused
+            continue
         messages = [{"role": t.role, "content": t.content} for t in conversation.turns]
         checked += 1
-        agreed += tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) == renderer.render(conversation).ids
+        agreed += tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) == ids
     return {"checked": checked, "agreed": agreed}
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+Marker = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Pairs = (AfterValidator(lambda mapping: tuple(mapping.items())), PlainSerializer(dict))
 """A mapping in YAML, held as pairs, which are frozen: dict(...) makes the mapping again."""
@@ -124,9 +125,9 @@ class Source(Section):
     """Turns of one role behind each other: made one, with a blank line between; left as they are; or the row is skipped."""
     tool_turns: Literal["skip", "drop", "keep"] = "skip"
     """Rows in which tools are called: skipped; learnt without the calls and what the tools said; or kept (`chat.format: model`)."""
-    learn_after: tuple[str, ...] = ()
+    learn_after: tuple[Marker, ...] = ()
     """Plain text: learn only what stands behind one of these markers (and before the next of either list)."""
-    learn_until: tuple[str, ...] = ()
+    learn_until: tuple[Marker, ...] = ()
     """Plain text: a marker that ends what is learnt."""
     policy: Policy | None = None
     """How conversations are taken from OASST trees (see oasst1.py). Needed for OASST data, refused for other data."""

@@ -209,7 +209,8 @@ def _conversations(
     """(how it was loaded: train, validation or all; its conversations), for each part of a data set."""
     name = source.source if isinstance(source.source, str) else ", ".join(source.source or ())
     found: SetCounts | None = None
-    for loaded_as, rows in sources.load(source).items():
+    prefix = f"{len(selection.sets) + 1}/" if len(recipe.data.each) > 1 else ""
+    for loaded_as, rows in sources.load(source, prefix).items():
         head = list(itertools.islice(rows, chats.LOOK_AT))
         form = _form(recipe, head, source)
         if found is None:
@@ -227,8 +228,7 @@ def _conversations(
             found.dropped += dropped
             yield loaded_as, iter(conversations)
         else:
-            prefix = f"{len(selection.sets)}/" if len(recipe.data.each) > 1 else ""
-            yield loaded_as, _chats(good, form, source, prefix, found, selection, strict)
+            yield loaded_as, _chats(good, form, source, found, selection, strict)
 
 
 def _form(recipe: Recipe, head: list[Row | BadRow], source: Source) -> Form:
@@ -259,15 +259,13 @@ def _good(rows: Iterable[Row | BadRow], found: SetCounts, selection: Selection, 
             yield row
 
 
-def _chats(
-    rows: Iterable[Row], form: Form, source: Source, prefix: str, found: SetCounts, selection: Selection, strict: bool
-) -> Iterator[Conversation]:
+def _chats(rows: Iterable[Row], form: Form, source: Source, found: SetCounts, selection: Selection, strict: bool) -> Iterator[Conversation]:
     for row in rows:
         conversation = chats.conversation_of(row, form, source)
         if isinstance(conversation, BadRow):
             _leave_out(conversation, found, selection, strict)
         else:
-            yield replace(conversation, key=prefix + conversation.key) if prefix else conversation
+            yield conversation
 
 
 def _leave_out(row: BadRow, found: SetCounts, selection: Selection, strict: bool) -> None:

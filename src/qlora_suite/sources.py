@@ -13,6 +13,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ _READABLE = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 # What lies beside data without being data: licences and notes. Anything else in a folder is a mistake worth a word.
 _BESIDE_DATA = ("", ".md", ".txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_BETWEEN = re.compile(r"[\s,]*")
+_BETWEEN = re.compile(r"\s*(,?)\s*")
 _CHUNK = 2**20
 _SHOWN = 80
 """Characters of an offending value."""
@@ -76,8 +77,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
-def load(source: Source) -> dict[str, Iterator[Row | BadRow]]:
+def load(source: Source, prefix: str = "") -> dict[str, Iterator[Row | BadRow]]:
     """{"train": rows, "validation": rows} with `split: published`, {"all": rows} with `by_hash` and `all`.
+
+    The prefix stands before the file's name in each place.
 
     Raises ValueError for what cannot be found and for a published split that is not there; while being read, for damaged files.
     """
@@ -85,9 +88,10 @@ def load(source: Source) -> dict[str, Iterator[Row | BadRow]]:
     if source.revision is not None and not any(_is_hub_id(name) for name in names):
         raise ValueError(f"data.revision has no effect on local files ({', '.join(names)}); remove it")
     if source.split != "published":
-        return {"all": read(names, revision=source.revision)}
+        return {"all": read(names, revision=source.revision, prefix=prefix)}
     if source.validation_source is not None:
-        return {"train": read(names, "train", source.revision), "validation": read(source.validation_source, "validation")}
+        validation = read(source.validation_source, "validation", prefix=prefix)
+        return {"train": read(names, "train", source.revision, prefix), "validation": validation}
     for name in names:
         path = Path(name)
         if path.is_file() or (path.is_dir() and not any(_is_of(p, "validation") for p in _files(path))):
@@ -95,10 +99,12 @@ def load(source: Source) -> dict[str, Iterator[Row | BadRow]]:
                 f"split: published needs a validation split, and {name} holds none (in a folder: files named validation*); "
                 "set data.validation_source to it, or cut one off with data.split=by_hash"
             )
-    return {"train": read(names, "train", source.revision), "validation": read(names, "validation", source.revision)}
+    return {split: read(names, split, source.revision, prefix) for split in ("train", "validation")}
 
 
-def read(source: str | tuple[str, ...], split: Split | None = None, revision: str | None = None) -> Iterator[Row | BadRow]:
+def read(
+    source: str | tuple[str, ...], split: Split | None = None, revision: str | None = None, prefix: str = ""
+) -> Iterator[Row | BadRow]:
     """The rows of every source, one after another; OASST trees as flat messages, depth first.
 
     With a split: that split of a hub data set; of a folder, the files named train* or validation* (all of them, if none is
@@ -117,15 +123,15 @@ def read(source: str | tuple[str, ...], split: Split | None = None, revision: st
             places.append((name, []))
         else:
             raise ValueError(f"there is no file or folder {name} (working folder: {Path.cwd()}); correct the path")
-    return _read(places, split, revision)
+    return _read(places, split, revision, prefix)
 
 
-def _read(places: list[tuple[str, list[Path]]], split: Split | None, revision: str | None) -> Iterator[Row | BadRow]:
+def _read(places: list[tuple[str, list[Path]]], split: Split | None, revision: str | None, prefix: str) -> Iterator[Row | BadRow]:
     files = [file for _, found in places for file in found]
-    label_of = dict(zip(files, labels(files), strict=True))
+    label_of = {file: prefix + label for file, label in zip(files, labels(files), strict=True)}
     for name, found in places:
         empty = True
-        streams = (_read_file(file, label_of[file]) for file in found) if found else (_read_hub(name, split or "train", revision),)
+        streams = (_read_file(file, label_of[file]) for file in found) if found else (_read_hub(name, split or "train", revision, prefix),)
         for stream in streams:
             for row in _flat(stream):
                 empty = False
@@ -136,13 +142,13 @@ def _read(places: list[tuple[str, list[Path]]], split: Split | None, revision: s
 
 def labels(files: list[Path]) -> list[str]:
     """A name for each file, without its folder; where two would be the same, with as much of it as tells them apart."""
-    names = []
-    for file in files:
-        depth = 1
-        while sum(other.parts[-depth:] == file.parts[-depth:] for other in files) > 1 and depth < len(file.parts):
-            depth += 1
-        names.append("/".join(file.parts[-depth:]))
-    return names
+    parts = {file: file.parts[-1:] for file in files}
+    while twice := {name for name, count in Counter(parts.values()).items() if count > 1}:
+        deeper = {file: file.parts[-len(name) - 1 :] if name in twice else name for file, name in parts.items()}
+        if deeper == parts:
+            break
+        parts = deeper
+    return ["/".join(parts[file]) for file in files]
 
 
 def _flat(rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
@@ -282,12 +288,19 @@ def _read_list(path: Path, label: str) -> Iterator[Row | BadRow]:
             text = file.read(_CHUNK)
             at = text.index("[") + 1
             line += text.count("\n", 0, at)
+            comma = ""  # none before the first object
             while True:
-                start = _BETWEEN.match(text, at).end()
-                line += text.count("\n", at, start)
-                at = start
-                if at < len(text) and text[at] == "]":
+                between = _BETWEEN.match(text, at)
+                if between.end() == len(text) and (more := file.read(_CHUNK)):
+                    text, at = text[at:] + more, 0
+                    continue
+                line += text.count("\n", at, between.end())
+                at = between.end()
+                if text[at : at + 1] == "]" and not between[1]:
+                    _check_nothing_follows(text[at + 1 :], file)
                     return
+                if between[1] != comma:
+                    raise ValueError(f"wanted is {'a comma' if comma else 'an object'}, {shown(text[at : at + 40])}")
                 try:
                     value, end = decoder.raw_decode(text, at)
                 except json.JSONDecodeError as error:
@@ -296,13 +309,21 @@ def _read_list(path: Path, label: str) -> Iterator[Row | BadRow]:
                     more = file.read(max(_CHUNK, len(text) - at)) if cut_off else ""
                     if not more:
                         raise ValueError(f"{error.msg}, {shown(text[error.pos : error.pos + 40])}") from None
-                    text, at = text[at:] + more, 0
+                    text, at, comma = text[at:] + more, 0, ""  # the comma is behind us
                     continue
                 yield _checked(value, Place(label, line), may_hold_surrogates=True, bytes_came_through=True)
                 line += text.count("\n", at, end)
-                at = end
+                at, comma = end, ","
     except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
         raise _cannot_read(path, line, "line", error) from None
+
+
+def _check_nothing_follows(rest: str, file: IO[str]) -> None:
+    """Two lists in one file are no JSON."""
+    while not rest.strip() and (more := file.read(_CHUNK)):
+        rest = more
+    if rest.strip():
+        raise ValueError(f"something stands behind the end of the list, {shown(rest.strip()[:40])}")
 
 
 def _read_parquet(path: Path, label: str) -> Iterator[Row]:
@@ -311,7 +332,7 @@ def _read_parquet(path: Path, label: str) -> Iterator[Row]:
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK) as file:  # else it reads the whole file at once
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
@@ -341,15 +362,15 @@ def _is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith(_READABLE) and not Path(name).exists()
 
 
-def _read_hub(name: str, split: Split, revision: str | None) -> Iterator[Row]:
+def _read_hub(name: str, split: Split, revision: str | None, prefix: str = "") -> Iterator[Row]:
     import datasets  # takes seconds, and local files do not need it
 
     # Offline there is only what was fetched before, whole, and is then read from the cache; both come row by row.
     try:
         rows = datasets.load_dataset(name, split=split, revision=revision, streaming=not datasets.config.HF_HUB_OFFLINE)
         for number, row in enumerate(rows, 1):
-            yield Row(Place(f"{name}/{split}", number, "row"), row)
-    except (OSError, ValueError, RuntimeError) as error:
+            yield Row(Place(f"{prefix}{name}/{split}", number, "row"), row)
+    except Exception as error:  # the clients below have many of their own, timeouts among them
         raise ValueError(
             f"there is no file or folder {name} here, and the hub gave no split {split} of a data set of that name "
             f"({type(error).__name__}: {' '.join(str(error).split())}); correct data.source, or give local files"
