@@ -391,6 +391,38 @@ def test_a_split_text_loses_nothing(renderers, text: str, max_length: int):
     assert (result.num_tokens_cut, result.num_bytes_cut) == (0, 0)
 
 
+@quick
+@given(parts=st.lists(anything, min_size=1, max_size=6), max_length=st.integers(2, 12))
+@pytest.mark.parametrize("tokenizer", ["phi", "llama3"])
+def test_parts_of_a_text_are_encoded_as_one_text_and_only_the_learnt_ones_are_learnt(
+    renderers, tokenizer: str, parts: list[str], max_length: int
+):
+    renderer, conversation = renderers(tokenizer, "text"), talk(*parts)
+    rendered, whole = renderer.render(conversation), renderer.render(written("".join(parts)))
+    assert rendered.ids == whole.ids
+    learnt_chars = set()
+    done = 0
+    for turn in conversation.turns:
+        learnt_chars |= set(range(done, done + len(turn.content))) if turn.role == "assistant" else set()
+        done += len(turn.content)
+    _, char_ends = renderer.encode("".join(parts), before=renderer.start)
+    for learnt, before, after in zip(rendered.supervised[1:-1], [0, *char_ends], char_ends, strict=False):
+        assert not learnt or set(range(before, max(after, before + 1))) <= learnt_chars
+    assert rendered.supervised[-1] == (conversation.turns[-1].role == "assistant")
+    # every token of a learnt part but those that reach over its edges
+    inside = sum(t.end - t.start for t in rendered.turns)
+    assert sum(rendered.supervised[1:-1]) == inside
+    pieces = shorten(rendered, max_length, "split").pieces
+    assert sum(piece.num_supervised for piece in pieces) == rendered.num_supervised
+    assert sum(piece.num_bytes for piece in pieces) == rendered.num_bytes
+
+
+def test_a_marked_text_is_learnt_behind_its_marker(renderers):
+    conversation = talk("### Human: hi ### Assistant:", " oh! ", "### Human: yes ### Assistant:", " no")
+    text = "<|endoftext|>### Human: hi ### Assistant:⟦ oh!⟧ ### Human: yes ### Assistant:⟦ no<|endoftext|>⟧"
+    assert shown(renderers("phi", "text"), renderers("phi", "text").render(conversation)) == text
+
+
 # ---- role markers --------------------------------------------------------------------------------------------------------------
 
 OASST = Chat(format="oasst")
@@ -483,8 +515,8 @@ def test_what_cannot_be_rendered_is_named(backends, renderers):
         renderer.render(talk("a\ud83d", "b"))
     with pytest.raises(ValueError, match=r"has to end on a user turn"):
         renderer.prompt(talk("a", "b").turns)
-    with pytest.raises(ValueError, match=r"wants one text, not 2 turns"):
-        renderers("phi", "text").render(talk("a", "b"))
+    with pytest.raises(ValueError, match=r"format: text wants a text, not a chat"):
+        renderers("phi", "text").render(replace(talk("a", "b"), turns=(Turn("system", "x"), Turn("user", "a"))))
     with pytest.raises(ValueError, match=r"max_length is 1; a piece of a text needs 2"):
         shorten(renderers("phi", "text").render(written("a")), 1, "split")
     endless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backends["phi"]))

@@ -10,6 +10,7 @@ nothing has to be searched for afterwards to find out where an answer begins.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +35,7 @@ class Renderer:
         self.plain_markers = self.layout.plain_markers if self.layout else ()
         self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         self.encode = TextEncoder(tokenizer)
-        self.loss_on_all = chat.loss_on == "all" or chat.format == "text"
+        self.loss_on_all = chat.loss_on == "all"
         self.bos_before_user = self.layout is not None and self.layout.bos_before_user and self.bos not in (None, self.eos)
         self.bos_at_start = not self.bos_before_user and tokenizer.encode("")[:1] == [self.bos]
         self.start = self.eos if self.bos is None else self.bos
@@ -113,15 +114,34 @@ class Renderer:
         return self._finished(parts, rendered, turns, num_moved)
 
     def _write_text(self, turns: Sequence[Turn], opened: bool) -> Rendered:
-        """`opened`: without the end token, ready to be continued."""
-        if len(turns) != 1:
-            raise ValueError(f"format: text wants one text, not {len(turns)} turns; choose another chat.format")
-        parts = _Parts(self.encode, self.loss_on_all)
-        parts.control(self.start)
-        rendered = [parts.answer(0, replace(_checked(turns[0]), learn=True), lead="")]
+        """One text, which the turns are parts of: an assistant's are learnt, a user's are context. `opened`: without the end token.
+
+        It is encoded as a whole, as it will be read. A token that reaches over the edge of a learnt part is context:
+
+            Q: hi A:| hello| Q: and         ->      Q : ␣hi ␣A :  ␣hello  ␣Q : ␣and
+                     ^^^^^^                                       learnt
+        """
+        if any(turn.role == "system" for turn in turns):
+            raise ValueError("format: text wants a text, not a chat; choose another chat.format")
+        learn_all = self.chat.loss_on == "all"
+        ids, char_ends = self.encode("".join(_checked(turn).content for turn in turns), before=self.start)
+        spans = list(pairwise([0, *char_ends]))
+        supervised, rendered, begin = [learn_all] * len(ids), [], 0
+        for index, turn in enumerate(turns):
+            end = begin + len(turn.content)
+            if turn.role == "assistant":
+                inside = [i for i, (done, after) in enumerate(spans) if begin <= done < end and after <= end]
+                if inside or not ids:
+                    first, last = (inside[0], inside[-1] + 1) if inside else (0, 0)
+                    supervised[first:last] = [True] * (last - first)
+                    ends = _byte_ends(turn.content, [after - begin for after in char_ends[first:last]])
+                    rendered.append(RenderedTurn(index, first + 1, last + 1, ends, learn=True))  # the start token stands in front
+            begin = end
+        ids, supervised = [self.start, *ids], [False, *supervised]
         if not opened:
-            parts.control(self.eos)
-        return self._finished(parts, rendered, turns, num_moved=0)
+            ids.append(self.eos)
+            supervised.append(learn_all or turns[-1].role == "assistant")
+        return Rendered(ids, supervised, rendered)
 
     def _finished(self, parts: "_Parts", rendered: list[RenderedTurn], turns: Sequence[Turn], num_moved: int) -> Rendered:
         parts.flush()

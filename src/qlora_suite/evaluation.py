@@ -210,9 +210,11 @@ def _answers(excerpt: Excerpt, rendered: Rendered, losses: np.ndarray) -> list[A
     by_place = np.zeros(len(rendered.ids))
     by_place[np.asarray(rendered.supervised)] = losses
     scores = []
-    for number, turn in enumerate(rendered.turns, excerpt.answers_before + 1):
+    for turn in rendered.turns:
         if turn.learn:
-            end = by_place[turn.end : turn.end + 1]
+            # A part of a plain text ends without a token for it.
+            end = by_place[turn.end : turn.end + 1] if any(rendered.supervised[turn.end : turn.end + 1]) else by_place[:0]
+            number = excerpt.answers_before + sum(t.role == "assistant" for t in conversation.turns[: turn.index + 1])
             scores.append(
                 AnswerScore(
                     key=conversation.key,

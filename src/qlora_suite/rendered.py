@@ -95,11 +95,11 @@ def shorten(rendered: Rendered, max_length: int, too_long: Literal["truncate", "
 def _split(rendered: Rendered, max_length: int) -> list[Rendered]:
     if max_length < 2:
         raise ValueError(f"data.max_length is {max_length}; a piece of a text needs 2, the start token and one more")
-    (turn,) = rendered.turns
     pieces = []
     for start in range(1, len(rendered.ids), max_length - 1):
         end = min(start + max_length - 1, len(rendered.ids))
-        turns = [turn.cut(start, end, start - 1)]
+        # a part that ended where this piece begins has its end token here
+        turns = [turn.cut(start, end, start - 1) for turn in rendered.turns if turn.start < end and turn.end >= start]
         pieces.append(
             replace(
                 rendered, ids=[rendered.ids[0], *rendered.ids[start:end]], supervised=[False, *rendered.supervised[start:end]], turns=turns
