@@ -64,6 +64,8 @@ def run(target: Path, overrides: list[str], adapter: str | None = None, model: s
                 f"{recipe.data.prepared} has no validation split; set data.split or data.validation_source, and prepare it again"
             )
         ours, of_base = renderers_of(subject, manifest)
+        if any(turn.role == "tool" for c in everything for turn in c.turns):  # only the base's own template has a place for tools
+            of_base = {subject.format: of_base[subject.format]}
         found, cut = what_fits(everything, [ours, *of_base.values()], recipe.data.max_length)
         columns = columns_of(subject, dtype, ours, of_base)
 
@@ -103,7 +105,7 @@ def write_and_show(report: dict[str, Any], subject: Subject) -> None:
 
 def what_fits(everything: Sequence[Any], renderers: Sequence[Renderer], window: int) -> tuple[list[Excerpt], Cut]:
     """What all formats can score. Raises ValueError if that is nothing."""
-    if any(renderer.layout is None for renderer in renderers):  # plain text is scored in pieces, so that nothing is cut
+    if any(renderer.is_plain_text for renderer in renderers):  # plain text is scored in pieces, so that nothing is cut
         return [Excerpt(conversation) for conversation in everything], Cut()
     found, cut = excerpts(everything, list(dict.fromkeys(renderers)), window)
     if not found:

@@ -49,6 +49,7 @@ LABELS = {
     "cut_tokens": "  supervised tokens cut",
     "replies_outside": "replies of an unwanted length, as context",
     "system_moved": "system turns moved into a user turn",
+    "rewritten": "answers as context: the template rewrites them",
     "marker_texts": "texts in messages that look like a role marker",
     "rows": "rows",
     "tokens": "tokens",

@@ -220,7 +220,7 @@ def test_dropout_acts_in_training_alone() -> None:
 
 
 def manifest(*token_ids: int) -> dict:
-    return {"role_markers": {"token_ids": list(token_ids)}}
+    return {"role_markers": {"token_ids": list(token_ids), "predicted": False}}
 
 
 @pytest.mark.parametrize("token_ids", [(), (1024, 1025)])

@@ -3,13 +3,16 @@
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 VOCABULARY = 128
@@ -31,6 +34,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**_GROUPED),
     "mistral": MistralConfig(**_GROUPED),
     "gemma": GemmaConfig(**{**_GROUPED, "num_key_value_heads": 1, "head_dim": 16}),
+    "qwen3": Qwen3Config(**_GROUPED, head_dim=16),
+    "gemma2": Gemma2Config(**_GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
+    "phi3": Phi3Config(**_GROUPED),
 }
 
 

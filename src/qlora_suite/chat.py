@@ -4,7 +4,9 @@
     rendered = renderer.render(conversation)              # ids, supervised, turns
     pieces = shorten(rendered, 1024, "truncate").pieces   # what fits
 
-The ids never come from one long string: a text is encoded by itself, so that nothing in a message becomes a control token, and
+The one way to ask, whatever the format: the base's own template and ChatML are written by model_template.py, the others here.
+
+Here the ids never come from one long string: a text is encoded by itself, so that nothing in a message becomes a control token, and
 nothing has to be searched for afterwards to find out where an answer begins.
 """
 
@@ -15,6 +17,7 @@ from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 
 from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.model_template import ModelTemplate
 from qlora_suite.recipe import Chat
 from qlora_suite.rendered import Rendered, RenderedTurn
 from qlora_suite.role_markers import RoleMarkers, layout
@@ -31,10 +34,14 @@ class Renderer:
             raise ValueError("the tokenizer has no end token, without which a model cannot learn to stop; set its eos_token")
         self.tokenizer = tokenizer
         self.chat = chat
-        self.layout = None if chat.format == "text" else layout(chat, markers)
-        self.plain_markers = self.layout.plain_markers if self.layout else ()
         self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         self.encode = TextEncoder(tokenizer)
+        self.is_plain_text = chat.format == "text"
+        """No roles: a conversation is one text."""
+        self.template = ModelTemplate(tokenizer, self.encode, chat) if chat.format in ("chatml", "model") else None
+        """The base's own template or ChatML, which then writes everything."""
+        self.layout = layout(chat, markers) if not self.is_plain_text and self.template is None else None
+        self.plain_markers = (self.layout or self.template).plain_markers if not self.is_plain_text else ()
         self.loss_on_all = chat.loss_on == "all"
         self.bos_before_user = self.layout is not None and self.layout.bos_before_user and self.bos not in (None, self.eos)
         self.bos_at_start = not self.bos_before_user and tokenizer.encode("")[:1] == [self.bos]
@@ -45,6 +52,8 @@ class Renderer:
         if self.layout and self.layout.control:
             self.role_ids = {role: tokenizer.convert_tokens_to_ids(getattr(self.layout, role)) for role in ("user", "assistant")}
             self.stop_token_ids += tuple(self.role_ids.values())
+        if self.template:
+            self.stop_token_ids = tuple(dict.fromkeys((self.eos, *self.template.end_ids)))
 
     def render(self, conversation: Conversation) -> Rendered:
         """The whole conversation, however long. With `oasst` in plain text, two words each, the end token as `$`:
@@ -54,9 +63,8 @@ class Renderer:
 
         turns = [RenderedTurn(index=1, start=5, end=7, byte_ends=(2, 8), learn=True)]: the space belongs to the marker.
         """
-        write = self._write_text if self.layout is None else self._write_turns
         try:
-            return write(conversation.turns, opened=False)
+            return self._write(conversation.turns, opened=False)
         except ValueError as error:
             raise ValueError(f"conversation {conversation.key}: {error}") from error
 
@@ -65,18 +73,37 @@ class Renderer:
 
         Behind a marker of plain text the model begins with a space, which belongs to the marker: see `answer_text`.
         """
-        write = self._write_text if self.layout is None else self._write_turns
-        return write(turns, opened=True).ids
+        return self._write(turns, opened=True).ids
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """What the generated ids say, up to the first stop token and without the marker's space."""
         end = next((i for i, token in enumerate(ids) if token in self.stop_token_ids), len(ids))
         text = self.tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if self.template:
+            return self.template.without_lead(text)
         return text.removeprefix(self.layout.lead) if self.layout else text
 
     def marker_occurrences(self, text: str) -> int:
         """How often a message contains one of the format's plain-text markers."""
         return sum(text.count(marker) for marker in self.plain_markers)
+
+    @property
+    def rewrites_history(self) -> bool:
+        """Are answers learnt only where they are the last turn, because the base's template writes earlier ones in another way?"""
+        return self.template is not None and self.template.rewrites_history
+
+    @property
+    def merges(self) -> tuple[str, ...]:
+        """Roles of which two turns behind each other become one, because the base's template takes no two."""
+        return self.template.merges if self.template else ()
+
+    def _write(self, turns: Sequence[Turn], opened: bool) -> Rendered:
+        if self.is_plain_text:
+            return self._write_text(turns, opened)
+        if self.template is None:
+            return self._write_turns(turns, opened)
+        rendered = self.template.write([_checked(turn) for turn in turns], opened)
+        return replace(rendered, num_marker_texts=sum(self.marker_occurrences(turn.content) for turn in turns))
 
     def _write_turns(self, turns: Sequence[Turn], opened: bool) -> Rendered:
         """`opened`: ends on the assistant's marker, ready for an answer."""

@@ -70,8 +70,13 @@ _TEXT = """
 
 
 def jinja(tokenizer: PreTrainedTokenizerBase, chat: Chat, markers: RoleMarkers) -> str:
-    """The template's source. It knows `add_generation_prompt`, and marks what the assistant says with `generation`."""
+    """The template's source. It knows `add_generation_prompt`, and marks what the assistant says with `generation`.
+
+    For `format: model` it is the base's own template, with what the recipe says set in front of it; it marks nothing, as it was.
+    """
     renderer = Renderer(tokenizer, chat, markers)
+    if renderer.template:
+        return renderer.template.source
     style = renderer.layout
     if style is None:
         return _set(at_start="eos_token" if renderer.bos is None else "bos_token") + _TEXT

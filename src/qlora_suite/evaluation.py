@@ -8,7 +8,7 @@ formats write differently, is reported apart.
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import Rows
 from qlora_suite.engine import Engine
 from qlora_suite.loss import collate, summed_loss, token_losses
+from qlora_suite.model_template import ending_at_each_answer, merged
 from qlora_suite.ranks import gathered, together
 from qlora_suite.rendered import Rendered, shorten
 
@@ -92,8 +93,12 @@ def excerpts(conversations: Sequence[Conversation], renderers: Sequence[Renderer
         U1 A1     |  U2 A2  |  U3 A3
 
     so that all formats score the same answers behind the same words. An answer that does not fit even behind its own question is
-    cut, and counted.
+    cut, and counted. Where one of the formats rewrites earlier answers, each answer is the end of an excerpt of its own.
     """
+    roles = {role for renderer in renderers for role in renderer.merges}
+    conversations = [_merged(conversation, roles) for conversation in conversations] if roles else conversations
+    if any(renderer.rewrites_history for renderer in renderers):
+        conversations = [one for conversation in conversations for one in ending_at_each_answer(conversation)]
     kept: list[Excerpt] = []
     answers, tokens, num_bytes = 0, 0, 0
     for conversation in conversations:
@@ -117,6 +122,14 @@ def excerpts(conversations: Sequence[Conversation], renderers: Sequence[Renderer
             answers, tokens, num_bytes = answers + 1, tokens + lost.end - lost.start, num_bytes + lost.num_bytes
             waiting, start = waiting[1:], 0
     return kept, Cut(answers, tokens, num_bytes)
+
+
+def _merged(conversation: Conversation, roles: Collection[str]) -> Conversation:
+    """With the turns of these roles as one that follow each other: what one format merges, the others score merged."""
+    try:
+        return replace(conversation, turns=tuple(turn for _, turn in merged(enumerate(conversation.turns), roles)))
+    except ValueError as error:
+        raise ValueError(f"conversation {conversation.key}: {error}") from error
 
 
 def _turns_that_fit(conversation: Conversation, start: int, renderers: Sequence[Renderer], window: int) -> int:
@@ -170,7 +183,7 @@ def _pieces(renderer: Renderer, found: Sequence[Excerpt], window: int) -> list[t
     pieces = []
     for i, excerpt in enumerate(found):
         rendered = renderer.render(excerpt.conversation)
-        parts = shorten(rendered, window, "split").pieces if renderer.layout is None else [rendered]
+        parts = shorten(rendered, window, "split").pieces if renderer.is_plain_text else [rendered]
         assert all(len(part.ids) <= window for part in parts), f"{excerpt.conversation.key} does not fit into {window} tokens"
         pieces += [(i, part) for part in parts]
     return pieces

@@ -17,6 +17,7 @@ from qlora_suite.chat_templates import jinja
 from qlora_suite.conversations import Conversation
 from qlora_suite.files import file_table, hash_of, write_json
 from qlora_suite.model import load_config, load_tokenizer
+from qlora_suite.model_template import ending_at_each_answer
 from qlora_suite.packing import pack
 from qlora_suite.parallel import in_order
 from qlora_suite.recipe import Data, Recipe
@@ -49,9 +50,13 @@ class Tokenised:
 
     conversation: Conversation
     pieces: list[Rendered]
+    nothing_learnt: bool = False
+    """Its answers are context, all of them."""
+    cut: bool = False
     cut_tokens: int = 0
     cut_bytes: int = 0
     system_moved: int = 0
+    rewritten: int = 0
     marker_texts: int = 0
     refused: str = ""
     """Why the chat format cannot write it."""
@@ -62,16 +67,26 @@ class Tokeniser:
 
     def __init__(self, renderer: Renderer, data: Data) -> None:
         self.renderer, self.max_length, self.too_long = renderer, data.max_length, data.too_long
+        self.each_turn = renderer.rewrites_history and renderer.chat.rewritten_history == "each_turn"
 
     def __call__(self, conversation: Conversation) -> Tokenised:
         try:
-            rendered = self.renderer.render(conversation)
+            rendered = [self.renderer.render(one) for one in (ending_at_each_answer(conversation) if self.each_turn else [conversation])]
         except ValueError as why:
             return Tokenised(conversation, [], refused=str(why))
-        short = shorten(rendered, self.max_length, self.too_long)
-        pieces = [replace(piece, turns=[]) for piece in short.pieces]  # training needs no places of turns
-        cut = short.num_tokens_cut, short.num_bytes_cut
-        return Tokenised(conversation, pieces, *cut, rendered.num_system_moved, rendered.num_marker_texts)
+        short = [shorten(one, self.max_length, self.too_long) for one in rendered]
+        pieces = [replace(piece, turns=[]) for one in short for piece in one.pieces]  # training needs no places of turns
+        return Tokenised(
+            conversation,
+            pieces,
+            nothing_learnt=not any(one.num_supervised for one in rendered),
+            cut=bool(pieces) and any(one.num_tokens_cut or len(one.pieces) > 1 for one in short),
+            cut_tokens=sum(one.num_tokens_cut for one in short),
+            cut_bytes=sum(one.num_bytes_cut for one in short),
+            system_moved=sum(one.num_system_moved for one in rendered),
+            rewritten=sum(one.num_rewritten for one in rendered),
+            marker_texts=rendered[-1].num_marker_texts,
+        )
 
 
 def written(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow], strict: bool) -> Iterator[Tokenised]:
@@ -79,6 +94,7 @@ def written(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow]
     for one in results:
         if not one.refused:
             counts.system_moved += one.system_moved
+            counts.rewritten += one.rewritten
             counts.marker_texts += one.marker_texts
             yield one
             continue
@@ -94,8 +110,9 @@ def counted(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow]
     for one in written(results, counts, bad_rows, strict):
         counts.cut_tokens += one.cut_tokens
         counts.cut_bytes += one.cut_bytes
-        counts.cut_conversations += bool(one.pieces) and (len(one.pieces) > 1 or one.cut_tokens > 0)
-        counts.dropped_too_long += not one.pieces
+        counts.cut_conversations += one.cut
+        counts.nothing_new += one.nothing_learnt
+        counts.dropped_too_long += not one.pieces and not one.nothing_learnt
         counts.kept += bool(one.pieces)
         for piece in one.pieces:
             counts.tokens += len(piece.ids)
@@ -130,7 +147,7 @@ def template_agreement(conversations: Iterable[Conversation], renderer: Renderer
     text of a control token; the others must agree.
     """
     tokenizer, agreed, checked = renderer.tokenizer, 0, 0
-    control = tokenizer.all_special_tokens
+    control = tokenizer.convert_ids_to_tokens(sorted(renderer.encode.control_ids))
     for conversation in conversations:
         texts = [t.content for t in conversation.turns]
         if any(t != t.strip() or any(c in t for c in control) for t in texts):

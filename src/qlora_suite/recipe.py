@@ -208,9 +208,9 @@ class Chat(Section):
     """`llama2`, `chatml` and `model`: the system message put before each conversation that has none."""
     template_arguments: Annotated[dict[str, str | bool | int], *Pairs] = ()
     """`model` only: what the base's template is called with beside the messages: {enable_thinking: false}."""
-    rewritten_history: Literal["last_turn", "refuse"] = "last_turn"
+    rewritten_history: Literal["last_turn", "each_turn", "refuse"] = "last_turn"
     """`model` only: where the base's template writes an earlier answer in another way than the last one, learn the last alone, or
-    refuse the base."""
+    each as the last one of an example of its own (its context is read once more for each), or refuse the base."""
     loss_on: Literal["assistant", "all"] | None = None
     """Learn the assistant's words and end tokens only, or every token (null: assistant; with `format: text`, all)."""
     escape_markers: bool = False

@@ -7,12 +7,14 @@ A control token is safe, for no message can contain it; a marker of plain text c
 needs a row of the embedding that the base left unused, and this row has to be trained.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from qlora_suite.model_template import IM_END, IM_START, is_chatml, ordinary_turn_tokens
 from qlora_suite.recipe import Chat
 
 PROMPTER, ASSISTANT = "<|prompter|>", "<|assistant|>"
@@ -31,6 +33,8 @@ class RoleMarkers:
     servable_as: Literal["adapter", "merged"] = "adapter"
     reason: str = ""
     """Why it is servable so."""
+    predicted: bool = False
+    """Is one of the trained rows an end token? The model has to say it, so these rows of the output layer are trained too."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RoleMarkers":
@@ -84,8 +88,8 @@ _PLAIN = {
 
 
 def layout(chat: Chat, markers: RoleMarkers) -> Layout:
-    """How this recipe writes a turn. Not for `format: text`, which has no turns."""
-    assert chat.format != "text"
+    """How this recipe writes a turn. Not for `format: text`, which has no turns, nor for those that a Jinja template writes."""
+    assert chat.format not in ("text", "chatml", "model")
     if chat.format == "oasst":
         return _OASST_TEXT if markers.kind == "text" else _OASST_CONTROL
     return _PLAIN[chat.format]
@@ -99,6 +103,12 @@ def add_role_markers(tokenizer: PreTrainedTokenizerBase, num_embedding_rows: int
     """
     if chat.format == "text":
         return _as_text("role markers: none, every token of the text is learnt")
+    if chat.format in ("chatml", "model"):
+        _make_special(tokenizer, ordinary_turn_tokens(tokenizer, chat))
+        if not is_chatml(tokenizer, chat):
+            return RoleMarkers("control", (), "role markers: those of the base's own chat template", "adapter", "no token row is trained")
+        why = "" if chat.format == "chatml" else ", for the base has no chat template of its own: it is ChatML"
+        return _of_chatml(tokenizer, num_embedding_rows, why)
     if chat.format != "oasst":
         return _as_text("role markers: plain text, " + " and ".join(_PLAIN[chat.format].plain_markers[:2]))
 
@@ -111,27 +121,48 @@ def add_role_markers(tokenizer: PreTrainedTokenizerBase, num_embedding_rows: int
             "use role_markers: auto, or format: human_assistant"
         )
     if not missing:
-        _make_special(tokenizer)
+        _make_special(tokenizer, _tokens(PROMPTER, ASSISTANT))
         reason = "the role markers are the base's own control tokens, no token row is trained"
         return RoleMarkers("control", (), f"role markers: the base's own control tokens {PROMPTER} and {ASSISTANT}", "adapter", reason)
 
-    first_free = max(max(vocabulary.values()) + 1, len(tokenizer))  # ids may have holes
-    spare = num_embedding_rows - first_free
+    spare = num_embedding_rows - _first_free(tokenizer)
     if chat.role_markers == "text" or (len(missing) > spare and chat.role_markers == "auto" and not known):
         too_few = f"for the embedding has {num_embedding_rows:,} rows and {max(spare, 0)} to spare"
         why = "by choice" if chat.role_markers == "text" else too_few
         return _as_text(f"role markers: plain text {PROMPTER} and {ASSISTANT}, {why}")
+    instead = "chat.format: human_assistant" if known else "chat.role_markers: text"
+    return _in_spare_rows(tokenizer, num_embedding_rows, (PROMPTER, ASSISTANT), instead)
+
+
+def _of_chatml(tokenizer: PreTrainedTokenizerBase, num_embedding_rows: int, why: str) -> RoleMarkers:
+    vocabulary = tokenizer.get_vocab()
+    if IM_START in vocabulary and IM_END in vocabulary:
+        _make_special(tokenizer, _tokens(IM_START, IM_END))
+        note = f"role markers: the base's own control tokens {IM_START} and {IM_END}{why}"
+        return RoleMarkers("control", (), note, "adapter", "the role markers are the base's own control tokens, no token row is trained")
+    markers = _in_spare_rows(tokenizer, num_embedding_rows, (IM_START, IM_END), "chat.format: human_assistant")
+    return replace(markers, note=markers.note + why, predicted=IM_END not in vocabulary)
+
+
+def _first_free(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(max(tokenizer.get_vocab().values()) + 1, len(tokenizer))  # ids may have holes
+
+
+def _in_spare_rows(tokenizer: PreTrainedTokenizerBase, num_embedding_rows: int, both: tuple[str, str], instead: str) -> RoleMarkers:
+    """Adds what is missing of the two. Raises ValueError if there is no room for it; `instead` says what would do."""
+    vocabulary, first_free = tokenizer.get_vocab(), _first_free(tokenizer)
+    missing = [marker for marker in both if marker not in vocabulary]
+    spare = num_embedding_rows - first_free
     if len(missing) > spare:
         raise ValueError(
             f"{' and '.join(missing)} need {len(missing)} spare rows of the embedding, which has {num_embedding_rows:,} rows "
-            f"for {first_free:,} tokens, and is never resized; use chat.{'format: human_assistant' if known else 'role_markers: text'}"
+            f"for {first_free:,} tokens, and is never resized; use {instead}"
         )
-    _make_special(tokenizer)
+    _make_special(tokenizer, _tokens(*both))
     ids = tuple(tokenizer.convert_tokens_to_ids(marker) for marker in missing)
     if not set(ids).isdisjoint(vocabulary.values()):
         raise ValueError(
-            f"the tokenizer's ids have holes, and it gives {' and '.join(missing)} the ids {ids}, which other tokens have; "
-            "use chat.role_markers: text"
+            f"the tokenizer's ids have holes, and it gives {' and '.join(missing)} the ids {ids}, which other tokens have; use {instead}"
         )
     assert max(ids) < num_embedding_rows, f"new tokens got the ids {ids}, outside the {num_embedding_rows} rows"
     rows = ", ".join(map(str, ids))
@@ -145,10 +176,17 @@ def _as_text(note: str) -> RoleMarkers:
     return RoleMarkers("text", (), note, "adapter", "the role markers are plain text, no token row is trained")
 
 
-def _make_special(tokenizer: PreTrainedTokenizerBase) -> None:
+def _tokens(*texts: str) -> list[AddedToken]:
+    return [AddedToken(text, special=True, normalized=False) for text in texts]
+
+
+def _make_special(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[AddedToken]) -> None:
     """Adds what is missing and makes special what was there as an ordinary added token, which any message could contain."""
-    tokens = [AddedToken(marker, special=True, normalized=False) for marker in (PROMPTER, ASSISTANT)]
-    present = set(tokenizer.all_special_tokens)
-    tokens = [token for token in tokens if token.content not in present]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = [
+        AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, special=True, normalized=False)
+        for token in tokens
+        if token.content not in special
+    ]
     if tokens:
         tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)

@@ -95,6 +95,8 @@ class Counts:
     """Supervised tokens beyond max_length."""
     cut_bytes: int = 0
     system_moved: int = 0
+    rewritten: int = 0
+    """Answers that were to be learnt and are context, because the base's chat template rewrites earlier ones."""
     marker_texts: int = 0
     """Texts in messages that look like a plain-text role marker."""
     padding_share: float = 0.0

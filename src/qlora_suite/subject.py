@@ -18,6 +18,7 @@ from qlora_suite.chat import Renderer
 from qlora_suite.checkpoint import complaint_about_checkpoint
 from qlora_suite.files import read_json
 from qlora_suite.model import base_fingerprint, check_reachable, load_config, load_tokenizer
+from qlora_suite.model_template import IM_END, IM_START, is_chatml
 from qlora_suite.prequantized import quantization_of, record_of, source_of
 from qlora_suite.recipe import Chat, Model, Recipe
 from qlora_suite.recipe_file import load
@@ -131,6 +132,15 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, chat: Chat, model: Model) -> R
         if outside := [marker for marker in known if vocabulary[marker] >= rows]:
             raise ValueError(f"the tokenizer has {outside[0]} as token {vocabulary[outside[0]]}, but {model.base} has {rows:,} rows")
         chat = chat.model_copy(update={"role_markers": "auto" if len(known) == 2 else "text"})
+    if chat.format in ("chatml", "model") and is_chatml(tokenizer, chat):
+        vocabulary = tokenizer.get_vocab()
+        lacking = [marker for marker in (IM_START, IM_END) if vocabulary.get(marker, rows) >= rows]
+        if lacking:
+            template = "" if chat.format == "chatml" else "has no chat template, and "
+            raise ValueError(
+                f"{model.base} {template}has no token {' and '.join(lacking)}, so it was not trained in ChatML; "
+                "name the format it was trained in with --format"
+            )
     return Renderer(tokenizer, chat, add_role_markers(tokenizer, rows, chat))
 
 

@@ -32,9 +32,10 @@ def build_model(
     base = load_base(recipe.model, dtype, device, quant_storage=dtype if sharded else None)
     if recipe.data.packing:
         check_separates_packed_rows(base)
-    markers_are_targets = recipe.chat.loss_on == "all"
+    markers = manifest["role_markers"]
+    markers_are_targets = recipe.chat.loss_on == "all" or markers["predicted"]
     torch.manual_seed(recipe.seed)
-    net = add_adapter(base, recipe.adapter, tuple(manifest["role_markers"]["token_ids"]), markers_are_targets)
+    net = add_adapter(base, recipe.adapter, tuple(markers["token_ids"]), markers_are_targets)
     if recipe.adapter.neftune_noise_alpha is not None:
         neftune(base, recipe.adapter.neftune_noise_alpha)
     return net, base
