@@ -166,10 +166,14 @@ ROLES = st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, m
 @quick
 @given(roles=ROLES, texts=st.lists(anything, min_size=6, max_size=6))
 def test_the_saved_template_gives_our_ids_for_any_order_of_roles(case: str, system_prompt: str | None, roles: list[str], texts: list[str]):
-    """Systems without a place, two turns of one role, an answer at the start: it does what the renderer does."""
+    """Systems without a place, two turns of one role, an answer at the start: it does what the renderer does. Where it is the base's
+    own, unchanged, it does so for what that takes as it is.
+    """
     made = renderer(case, system_prompt=system_prompt)
     texts = [safe(made, text) for text in texts]
     conversation = says(*zip(roles, texts, strict=False))
+    if made.template.system != "none" and system_prompt is None:
+        assume(made.template.placed(conversation.turns)[0] == list(enumerate(conversation.turns)))
     assert applied(made.tokenizer, conversation) == made.render(conversation).ids
     if roles[-1] == "user":
         assert applied(made.tokenizer, conversation, add_generation_prompt=True) == made.prompt(conversation.turns)
@@ -431,10 +435,14 @@ def test_todays_date_is_always_the_same_one():
     assert "Today Date: 2024-07-26\n" in other.decode(renderer_of(other, Chat(format="model")).render(talk("a", "b")).ids)
 
 
-def test_a_template_that_needs_nothing_is_saved_as_it_is():
-    tokenizer = tokenizer_of("phi3")
+@pytest.mark.parametrize("family", ["llama3", "llama3_1", "qwen2_5", "qwen3", "mistral_v1", "phi3"])
+def test_a_template_that_needs_nothing_is_saved_as_it_is(family: str):
+    tokenizer = tokenizer_of(family)
     published = tokenizer.chat_template
     assert renderer_of(tokenizer, Chat(format="model")).template.source == published
+
+
+def test_a_template_that_gets_something_in_front_ends_as_it_was():
     text = renderer("gemma2").tokenizer.chat_template
     assert text.endswith((TEMPLATES / "gemma2.jinja").read_text())
 

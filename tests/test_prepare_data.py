@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, MakeRecipe, run_script
+from transformers import AutoTokenizer
 
 from qlora_suite import dataset
 from qlora_suite.chat import Renderer
@@ -500,3 +501,28 @@ def test_an_interrupted_preparation_leaves_the_old_data(script, make_recipe: Mak
     (Path(recipe.data.prepared) / "aside").rename(Path(recipe.data.prepared) / "dev.arrow")
     assert load_manifest(recipe) == before
     assert not list(Path(recipe.data.prepared).parent.glob(".*"))
+
+
+@pytest.mark.parametrize(("way", "answers"), [("last_turn", 1), ("each_turn", 2)])
+def test_where_a_template_rewrites_history_each_answer_may_be_an_example_of_its_own(
+    script: ModuleType, make_recipe: MakeRecipe, tiny_base: Path, tmp_path: Path, way: str, answers: int
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "thinking")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (ROOT / "tests" / "templates" / "qwen3.jinja").read_text()
+    tokenizer.save_pretrained(base)
+    chat = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b c"), ("user", "d"), ("assistant", "e"))]
+    source = write_lines(tmp_path / "chats.jsonl", [{"messages": chat}] * 3 + [{"messages": [*chat[:3], chat[3] | {"train": False}]}])
+    overrides = [f"model.base={base}", f"data.source={source}", "data.policy=null", "data.split=all", "data.dev_share=0.0"]
+    recipe = load(make_recipe(*overrides, "data.packing=false", "chat.format=model", f"chat.rewritten_history={way}"))
+    counts = prepared(script, recipe)["counts"]["train"]
+    rows, decode = rows_of(recipe), AutoTokenizer.from_pretrained(base).decode
+    learnt = [decode(rows[i]["input_ids"][rows[i]["supervised"]]) for i in range(len(rows))]
+    lead = "<think>\n\n</think>\n\n"
+    each = [f"{lead}b c<|im_end|>", f"{lead}e<|im_end|>"]
+    only_first = {"last_turn": [], "each_turn": each[:1]}[way]
+    assert sorted(learnt) == sorted(each[-answers:] * 3 + only_first)
+    assert (counts["kept"], counts["nothing_new"]) == ((4, 0) if way == "each_turn" else (3, 1))
+    assert counts["dropped_too_long"] == counts["cut_conversations"] == 0
+    assert counts["rewritten"] == (0 if way == "each_turn" else 4)

@@ -302,8 +302,10 @@ class ModelTemplate:
         return "use chat.format: oasst or human_assistant" + ("" if self.chatml else ", or chatml")
 
     def _placing(self) -> str:
-        """The part of the saved template that does what `placed` does, if there is anything to do."""
-        if self.system == "anywhere" and not self.merges and not self.user_first and not self.chat.system_prompt:
+        """The part of the saved template that does what `placed` does, where a served model needs it: a system turn that the base's
+        own template would refuse, or the recipe's system prompt. Otherwise the base's template is saved as it is.
+        """
+        if self.system != "none" and not self.chat.system_prompt:
             return ""
         names = {
             "takes_system": self.system,
