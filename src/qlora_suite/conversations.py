@@ -27,3 +27,12 @@ class Conversation:
         """Ends on an assistant turn: user turns after the last one have no answer to learn. None if nothing is left."""
         last = max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=-1)
         return replace(self, turns=self.turns[: last + 1]) if last >= 0 else None
+
+    def ending_at_each_answer(self) -> "list[Conversation]":
+        """The conversation up to each learnt answer, with this answer alone learnt: all of them in the words of a last turn."""
+        found = []
+        for place, turn in enumerate(self.turns):
+            if turn.role == "assistant" and turn.learn:
+                before = tuple(replace(t, learn=t.learn and t.role != "assistant") for t in self.turns[:place])
+                found.append(replace(self, turns=(*before, turn)))
+        return found

@@ -24,7 +24,7 @@ from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import Rows
 from qlora_suite.engine import Engine
 from qlora_suite.loss import collate, summed_loss, token_losses
-from qlora_suite.model_template import ending_at_each_answer, merged
+from qlora_suite.model_template import merged
 from qlora_suite.ranks import gathered, together
 from qlora_suite.rendered import Rendered, shorten
 
@@ -98,7 +98,7 @@ def excerpts(conversations: Sequence[Conversation], renderers: Sequence[Renderer
     roles = {role for renderer in renderers for role in renderer.merges}
     conversations = [_merged(conversation, roles) for conversation in conversations] if roles else conversations
     if any(renderer.rewrites_history for renderer in renderers):
-        conversations = [one for conversation in conversations for one in ending_at_each_answer(conversation)]
+        conversations = [one for conversation in conversations for one in conversation.ending_at_each_answer()]
     kept: list[Excerpt] = []
     answers, tokens, num_bytes = 0, 0, 0
     for conversation in conversations:

@@ -16,116 +16,26 @@ learnt too, for the model has to say it itself.
 Where an earlier answer does not stand in the conversation as the model said it, the template rewrites history: a model that
 learnt such an answer would learn what it never has to say. These answers are context, and the last one alone is learnt.
 
-No message becomes a control token. Before the template sees a message, the first character of each control token's text in it is
-replaced with a private one of Unicode, and put back when the string has been cut at the control tokens: those are the template's.
+No message becomes a control token: see control_tokens.py.
 """
 
 import contextlib
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
-from itertools import pairwise
 from typing import Literal
 
 from jinja2 import TemplateError
-from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.control_tokens import ControlTokens
+from qlora_suite.conversations import Turn
 from qlora_suite.recipe import Chat
 from qlora_suite.rendered import Rendered, RenderedTurn
+from qlora_suite.template_source import BOUNDARY, arguments, chatml, fixed_date, is_chatml, placing
 from qlora_suite.text_encoder import TextEncoder
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-CHATML = """
-{%- for message in messages -%}
-  {{- '<|im_start|>' ~ message['role'] ~ '\\n' ~ message['content'] ~ '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-BOUNDARY = "{#- From here on: the template of the base, unchanged. #}\n"
-"""Behind what we put in front, so that a tokenizer that was saved with both can be taken apart again. Jinja eats the newline."""
-TODAY = date(2024, 7, 26)
-"""For templates that write today's date (Llama 3.1 and later): their own fallback, or prepared data would change from day to day."""
-_PRIVATE = [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]
 _WAYS_TO_FAIL = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 """What a template raises, or what it does to the messages raises."""
-
-# What ModelTemplate.placed does, for every program that applies the saved template. `qlora` keeps the names out of the base's.
-_PLACING = """
-{%- set qlora = namespace(placed=[], held='', turns=[], content='') -%}
-{%- if system_prompt_of_the_recipe and not messages | selectattr('role', 'equalto', 'system') | list -%}
-  {%- set qlora.turns = [{'role': 'system', 'content': system_prompt_of_the_recipe}] -%}
-{%- endif -%}
-{%- for message in qlora.turns + messages -%}
-  {%- if message['role'] == 'system' and (takes_system == 'anywhere' or (takes_system == 'first' and loop.first)) -%}
-    {%- set qlora.placed = qlora.placed + [message] -%}
-  {%- elif message['role'] == 'system' -%}
-    {%- set qlora.held = (qlora.held ~ '\\n\\n' if qlora.held else '') ~ message['content'] -%}
-  {%- elif message['role'] == 'user' and qlora.held -%}
-    {%- set qlora.placed = qlora.placed + [{'role': 'user', 'content': qlora.held ~ '\\n\\n' ~ message['content']}] -%}
-    {%- set qlora.held = '' -%}
-  {%- elif qlora.held -%}
-    {%- set qlora.placed = qlora.placed + [{'role': 'user', 'content': qlora.held}, message] -%}
-    {%- set qlora.held = '' -%}
-  {%- else -%}
-    {%- set qlora.placed = qlora.placed + [message] -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- if qlora.held -%}
-  {%- set qlora.placed = qlora.placed + [{'role': 'user', 'content': qlora.held}] -%}
-{%- endif -%}
-{%- set qlora.turns = [] -%}
-{%- for message in qlora.placed -%}
-  {%- if user_first and message['role'] == 'assistant' and not qlora.turns | rejectattr('role', 'equalto', 'system') | list -%}
-    {%- set qlora.turns = qlora.turns + [{'role': 'user', 'content': ''}] -%}
-  {%- endif -%}
-  {%- if qlora.turns and message['role'] in merges and qlora.turns[-1]['role'] == message['role'] -%}
-    {%- set qlora.content = qlora.turns[-1]['content'] ~ '\\n\\n' ~ message['content'] -%}
-    {%- set qlora.turns = qlora.turns[:-1] + [{'role': message['role'], 'content': qlora.content}] -%}
-  {%- else -%}
-    {%- set qlora.turns = qlora.turns + [message] -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- set messages = qlora.turns -%}
-"""
-
-
-def is_chatml(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> bool:
-    """Is it ChatML, by choice or because the base has no template? Only for `format: chatml` and `format: model`."""
-    return chat.format == "chatml" or base_template(tokenizer) in (None, _chatml(tokenizer))
-
-
-def base_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The base's own template, without what we once put in front. Raises ValueError if it has several and none is the default."""
-    return tokenizer.get_chat_template().rpartition(BOUNDARY)[2] if tokenizer.chat_template else None
-
-
-def ordinary_turn_tokens(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[AddedToken]:
-    """Added tokens that the template writes in brackets and that are not special, so that any message could contain one.
-
-    Not those that come as `<think>` and `</think>`: they are words of the model's own, which messages may contain.
-    """
-    text = CHATML if is_chatml(tokenizer, chat) else base_template(tokenizer)
-    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-
-    def has_other_half(content: str) -> bool:
-        name = re.fullmatch(r"</?(\w+)>", content)
-        return name is not None and {f"<{name[1]}>", f"</{name[1]}>"} <= added.keys()
-
-    return [
-        token
-        for content, token in added.items()
-        if not token.special and re.fullmatch(r"[<\[].*[>\]]", content) and content in text and not has_other_half(content)
-    ]
-
-
-def _chatml(tokenizer: PreTrainedTokenizerBase) -> str:
-    bos = tokenizer.bos_token_id
-    return ("{{- bos_token -}}" if bos is not None and tokenizer.encode("")[:1] == [bos] else "") + CHATML
 
 
 def merged(turns: Iterable[tuple[int, Turn]], roles: Collection[str]) -> list[tuple[int, Turn]]:
@@ -148,26 +58,6 @@ def merged(turns: Iterable[tuple[int, Turn]], roles: Collection[str]) -> list[tu
     return kept
 
 
-def ending_at_each_answer(conversation: Conversation) -> list[Conversation]:
-    """The conversation up to each learnt answer, with this answer alone learnt: all of them in the words of a last turn."""
-    found = []
-    for place, turn in enumerate(conversation.turns):
-        if turn.role == "assistant" and turn.learn:
-            before = tuple(replace(t, learn=t.learn and t.role != "assistant") for t in conversation.turns[:place])
-            found.append(replace(conversation, turns=(*before, turn)))
-    return found
-
-
-@dataclass(frozen=True)
-class _Control:
-    """A control token's AddedToken, as far as it matters for finding it in a text."""
-
-    id: int
-    takes_left: bool
-    takes_right: bool
-    """White space beside it belongs to the token."""
-
-
 @dataclass(frozen=True)
 class _Answer:
     """Places in the string that the template made; `content` <= `end` < `end_token`."""
@@ -181,15 +71,6 @@ class _Answer:
     """Where the control token begins that ends the answer."""
 
 
-@dataclass(frozen=True)
-class _Written:
-    ids: list[int]
-    ends: list[int]
-    """Of each token: the place in the text up to which every character is complete."""
-    tokens_before: dict[int, int]
-    """Of each place asked for: the number of tokens that stand in front of it."""
-
-
 class ModelTemplate:
     """Raises ValueError for a template that cannot be learnt from, with the reason."""
 
@@ -197,13 +78,10 @@ class ModelTemplate:
         self.tokenizer, self.encode, self.chat = tokenizer, encode, chat
         self.chatml = is_chatml(tokenizer, chat)
         self.name = "ChatML" if self.chatml else "the base's chat template"
-        self._controls = _controls(tokenizer, encode)
-        alternatives = "|".join(re.escape(text) for text in sorted(self._controls, key=len, reverse=True))
-        self._control = re.compile(alternatives)
-        self._starts = re.compile(f"(?={alternatives}).", re.DOTALL)
+        self._controls = ControlTokens(tokenizer, encode)
 
         if chat.format == "chatml" or not tokenizer.chat_template:
-            self._look_at(_chatml(tokenizer))
+            self._look_at(chatml(tokenizer))
             return
         text = tokenizer.get_chat_template()
         if BOUNDARY in text:  # saved by us: with the words of this very recipe in front, or of another one, which then belong to it
@@ -214,7 +92,7 @@ class ModelTemplate:
         self._look_at(text)
 
     def _look_at(self, own: str) -> None:
-        head = _fixed_date(own) + _arguments(self.chat)
+        head = fixed_date(own) + arguments(self.chat)
         self._source = head + BOUNDARY + own if head else own
         self._leads: list[str] = []
         """What the template writes between the prompt and an answer's text, as seen in a trial; the longest first."""
@@ -234,7 +112,10 @@ class ModelTemplate:
         self.plain_markers: tuple[str, ...] = ()
         """Texts in which the template changes roles without a control token, so that a message can imitate them."""
         self._try_out()
-        head += self._placing()
+        if self.system == "none" or self.chat.system_prompt:
+            # A served model needs it: the base's own template refuses a system turn, or does not know the recipe's. Otherwise it is
+            # saved as it is.
+            head += placing(self.system, self.merges, self.user_first, self.chat.system_prompt or "")
         self.source = head + BOUNDARY + own if head else own
         """For the tokenizer that is saved: applied by any program to a conversation as it is, it gives what `write` encodes."""
 
@@ -272,10 +153,10 @@ class ModelTemplate:
         places = [text.find(content) for content in (u1, a1, u2, a2)]
         if -1 in places or places != sorted(places):
             raise ValueError(f"{self.name} does not write every turn of a conversation in its order; {self._instead()}")
-        ends = [self._control.search(text, place) for place in places]
+        ends = [self._controls.search(text, place) for place in places]
         if ends[3] is None or ends[1] is None or ends[1].start() > places[2]:
             raise ValueError(f"{self.name} writes no control token behind an answer, so a model could not learn to stop; {self._instead()}")
-        self.end_ids = tuple(dict.fromkeys(self._controls[ends[i].group()].id for i in (3, 1)))
+        self.end_ids = tuple(dict.fromkeys(self._controls.by_text[ends[i].group()].id for i in (3, 1)))
         leads = {}
         for place in (1, 3):
             prompt = self._apply(messages[:place], True)
@@ -294,26 +175,12 @@ class ModelTemplate:
                 f"{self.name} writes an earlier answer in another way than the last one, and chat.rewritten_history is refuse; set "
                 f"last_turn to learn each conversation's last answer, set chat.template_arguments, or {self._instead()}"
             )
-        if not self._control.search(self._header):
-            opening = self._control.split(text[: places[0]])[-1]
+        if not self._controls.search(self._header):
+            opening = self._controls.split(text[: places[0]])[-1]
             self.plain_markers = tuple(dict.fromkeys(marker.strip() for marker in (opening, self._header) if marker.strip()))
 
     def _instead(self) -> str:
         return "use chat.format: oasst or human_assistant" + ("" if self.chatml else ", or chatml")
-
-    def _placing(self) -> str:
-        """The part of the saved template that does what `placed` does, where a served model needs it: a system turn that the base's
-        own template would refuse, or the recipe's system prompt. Otherwise the base's template is saved as it is.
-        """
-        if self.system != "none" and not self.chat.system_prompt:
-            return ""
-        names = {
-            "takes_system": self.system,
-            "merges": list(self.merges),
-            "user_first": self.user_first,
-            "system_prompt_of_the_recipe": self.chat.system_prompt or "",
-        }
-        return "\n" + "".join(f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in names.items()) + _PLACING.lstrip("\n")
 
     # --- writing
 
@@ -360,11 +227,11 @@ class ModelTemplate:
         given, num_moved = self.placed(turns)
         if opened and (not given or given[-1][1].role not in ("user", "tool")):
             raise ValueError("a prompt has to end on a user turn; add one")
-        kept = self._protected([turn.content for _, turn in given])
+        kept = self._controls.protected([turn.content for _, turn in given], beside=self._source)
         messages = self._messages([replace(turn, content=content) for (_, turn), content in zip(given, kept.texts, strict=True)])
         text = self._apply(messages, opened)
         answers = self._answers(text, messages, [turn.learn for _, turn in given])
-        written = self._encoded(text, [a.begin for a in answers if a.begin is not None], [a.end for a in answers], kept.restore)
+        written = self._controls.encoded(text, [a.begin for a in answers if a.begin is not None], [a.end for a in answers], kept.restore)
 
         learn_all = self.chat.loss_on == "all"
         supervised = [learn_all] * len(written.ids)
@@ -398,7 +265,7 @@ class ModelTemplate:
             prompt = self._apply(messages[:place], True)
             begin: int | None = len(prompt) if text.startswith(prompt) and len(prompt) >= done else None
             content = self._content(text, message["content"], done if begin is None else begin, exact=begin is not None)
-            found = self._control.search(text, content)
+            found = self._controls.search(text, content)
             if found is None:
                 raise ValueError(f"{self.name} writes no control token behind turn {place + 1}, an answer; {self._instead()}")
             if begin is not None and not is_last and not self._apply(messages[: place + 1], False).startswith(text[: found.end()]):
@@ -435,101 +302,6 @@ class ModelTemplate:
             return apply([messages], chat_template=self._source, tokenize=False, add_generation_prompt=prompt)[0]
         except _WAYS_TO_FAIL as error:
             raise ValueError(f"{self.name} refuses the conversation: {(str(error) or repr(error)).splitlines()[0]}") from error
-
-    def _protected(self, texts: list[str]) -> "_Protected":
-        """The texts, as long as they were, without any control token's text."""
-        found = [self._starts.search(text) is not None for text in texts]
-        if not any(found):
-            return _Protected(texts, lambda text: text)
-        taken = set(self._source).union(*texts, *self._controls)
-        free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
-        stands_for: dict[str, str] = {}
-
-        def hidden(match: re.Match[str]) -> str:
-            if match.group() not in stands_for:
-                stands_for[match.group()] = next(free)
-            return stands_for[match.group()]
-
-        texts = [self._starts.sub(hidden, text) if any_found else text for text, any_found in zip(texts, found, strict=True)]
-        back = str.maketrans({private: char for char, private in stands_for.items()})
-        return _Protected(texts, lambda text: text.translate(back))
-
-    def _encoded(self, text: str, cuts: Iterable[int], asked: Iterable[int], restore: Callable[[str], str]) -> _Written:
-        """The ids of a string that the template made: control tokens by their text, all else as text, encoded apart at the cuts."""
-        ids: list[int] = []
-        ends: list[int] = []
-        cuts = set(cuts)
-        before = dict.fromkeys((*cuts, *asked), 0)
-
-        def say(start: int, end: int) -> None:
-            places = [start, *sorted(cut for cut in cuts if start < cut < end), end]
-            for a, b in pairwise(places):
-                before[a] = len(ids)
-                if a < b:
-                    found, char_ends = self.encode(restore(text[a:b]), ids[-1] if ids else None)
-                    ids.extend(found)
-                    ends.extend(a + done for done in char_ends)
-
-        done = 0
-        for match in self._control.finditer(text):
-            token = self._controls[match.group()]
-            start = len(text[: match.start()].rstrip()) if token.takes_left else match.start()
-            end = _behind_white_space(text, match.end()) if token.takes_right else match.end()
-            say(done, max(done, start))
-            before[match.start()] = len(ids)
-            ids.append(token.id)
-            ends.append(end)
-            for cut in cuts:
-                if start < cut <= end:
-                    before[cut] = len(ids)
-            done = end
-        say(done, len(text))
-        before[len(text)] = len(ids)
-        return _Written(ids, ends, before)
-
-
-@dataclass(frozen=True)
-class _Protected:
-    texts: list[str]
-    restore: Callable[[str], str]
-
-
-def _controls(tokenizer: PreTrainedTokenizerBase, encode: TextEncoder) -> dict[str, _Control]:
-    """By their text. A token that is no added one (an old vocabulary's `</s>`) takes nothing beside it."""
-    added = tokenizer.added_tokens_decoder
-    found = {}
-    for i in sorted(encode.control_ids):
-        token = added.get(i)
-        text = token.content if token else tokenizer.convert_ids_to_tokens(i)
-        found[text] = _Control(i, bool(token and token.lstrip), bool(token and token.rstrip))
-    return found
-
-
-def _literal(value: str | bool | int | list[str]) -> str:
-    """As Jinja writes it, which reads Python's strings, numbers and lists."""
-    return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _arguments(chat: Chat) -> str:
-    """chat.template_arguments, set in front: any program that applies the template gets what was trained."""
-    arguments = dict(chat.template_arguments)
-    for name in arguments:
-        if not name.isidentifier() or name in ("messages", "add_generation_prompt"):
-            raise ValueError(f"chat.template_arguments: {name!r} is no name that a template can be called with; remove it")
-    return "".join(f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in arguments.items())
-
-
-def _fixed_date(template: str) -> str:
-    """A `strftime_now` of our own, for a template that asks for today's date; it knows the formats that this template asks for."""
-    if "strftime_now" not in template:
-        return ""
-    formats = dict.fromkeys(["%d %b %Y", *re.findall(r"strftime_now\(\s*['\"]([^'\"]+)['\"]", template)])
-    dates = "{" + ", ".join(f"{form!r}: {TODAY.strftime(form)!r}" for form in formats) + "}"
-    return f"{{%- macro strftime_now(form) -%}}{{{{- {dates}[form] -}}}}{{%- endmacro -%}}\n"
-
-
-def _behind_white_space(text: str, place: int) -> int:
-    return len(text) - len(text[place:].lstrip())
 
 
 def _first_token(ends: list[int], begin: int, end: int, answer: _Answer) -> int:

@@ -17,7 +17,6 @@ from qlora_suite.chat_templates import jinja
 from qlora_suite.conversations import Conversation
 from qlora_suite.files import file_table, hash_of, write_json
 from qlora_suite.model import load_config, load_tokenizer
-from qlora_suite.model_template import ending_at_each_answer
 from qlora_suite.packing import pack
 from qlora_suite.parallel import in_order
 from qlora_suite.recipe import Data, Recipe
@@ -71,7 +70,7 @@ class Tokeniser:
 
     def __call__(self, conversation: Conversation) -> Tokenised:
         try:
-            rendered = [self.renderer.render(one) for one in (ending_at_each_answer(conversation) if self.each_turn else [conversation])]
+            rendered = [self.renderer.render(one) for one in (conversation.ending_at_each_answer() if self.each_turn else [conversation])]
         except ValueError as why:
             return Tokenised(conversation, [], refused=str(why))
         short = [shorten(one, self.max_length, self.too_long) for one in rendered]

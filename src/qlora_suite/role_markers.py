@@ -14,8 +14,8 @@ from typing import Any, Literal
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from qlora_suite.model_template import IM_END, IM_START, is_chatml, ordinary_turn_tokens
 from qlora_suite.recipe import Chat
+from qlora_suite.template_source import IM_END, IM_START, is_chatml, ordinary_turn_tokens
 
 PROMPTER, ASSISTANT = "<|prompter|>", "<|assistant|>"
 
