@@ -31,7 +31,7 @@ from qlora_suite.selection import SPLITS, Selection, selected, write_ids, write_
 from qlora_suite.tracking import console, say
 
 LABELS = {
-    "trees": "trees, or first questions",
+    "trees": "groups: trees, or first questions",
     "conversations": "conversations taken",
     "duplicates": "  dropped: held out word for word",
     "same_question": "  dropped: begin as a held-out one does",
@@ -56,6 +56,8 @@ LABELS = {
     "supervised": "supervised tokens",
 }
 ALWAYS = ("trees", "conversations", "kept", "rows", "tokens", "supervised")
+MUCH = 0.05
+"""A share of the supervised tokens that is worth a note when it is cut."""
 BAD_ROWS_SHOWN = 3
 """Of each reason."""
 
@@ -88,7 +90,9 @@ def run(recipe: Recipe, ids: str | None = None, export: str | None = None, stric
         show_example(renderer, example)
     say(manifest["role_markers"]["note"])
     agreement = manifest["chat_template"]
-    if agreement:
+    if agreement and not agreement["checked"]:
+        say("chat template: not compared, all texts looked at have white space at their edges or hold a control token's text")
+    elif agreement:
         say(f"chat template: plain transformers gives the same ids in {agreement['agreed']} of {agreement['checked']} conversations")
     say(f"wrote {recipe.data.prepared}")
 
@@ -110,7 +114,8 @@ def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     if len(counts["sets"]) > 1:
         for one in counts["sets"]:
             left = one["read"] - sum(one["dropped"].values())
-            say(f"{one['name']}: {left:,} of {one['read']:,} {one['unit']} kept, of form {one['form']}")
+            of_it = f"{left:,} of {one['read']:,} {one['unit']} kept, of form {one['form']}"
+            say(f"{one['name']}: {of_it}; {one['taken']:,} conversations for training")
     say(f"{counts['unit'] + ' read':<{width}} {counts['read']:>9,}")
     for reason, count in counts["dropped"].items():
         say(f"{'  dropped: ' + reason:<{width}} {count:>9,}")
@@ -130,17 +135,24 @@ def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     console.print(table)
     if any(one.split == "by_hash" for one in recipe.data.each):
         say("the validation split is cut by a hash of the tree, or of the first question")
+    train, dev = counts["train"], counts["dev"]
+    if (lost := train["cut_tokens"] / max(1, train["cut_tokens"] + train["supervised"])) > MUCH:
+        say(f"note: {lost:.0%} of what there is to learn is cut off at data.max_length: {recipe.data.max_length:,}; a larger one keeps it")
+    if recipe.evaluation.every_steps is not None and not dev["kept"]:
+        say("note: the dev split is empty, so scripts/train.py cannot evaluate; raise data.dev_share, or set evaluation.every_steps: null")
 
 
 def show_example(renderer: Renderer, example: Rendered) -> None:
-    """One conversation as the model sees it; what the loss counts is green."""
+    """One conversation as the model sees it; what the loss counts is green, or in ⟦ ⟧ where there are no colours."""
+    plain = not console.is_terminal or console.no_color
     text, ids, flags = Text(), example.ids, example.supervised
     start = 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or flags[i] != flags[start]:
-            text.append(renderer.tokenizer.decode(ids[start:i]), style="bold green" if flags[start] else "dim")
+            part = renderer.tokenizer.decode(ids[start:i])
+            text.append(f"⟦{part}⟧" if plain and flags[start] else part, style="bold green" if flags[start] else "dim")
             start = i
-    console.rule("one example; what is learnt is green")
+    console.rule("one example; what is learnt is " + ("in ⟦ ⟧" if plain else "green"))
     console.print(text)
     console.rule()
 
@@ -176,7 +188,7 @@ def show_inspection(recipe: Recipe, file: str) -> None:
         say(f"learnt                   {found.supervised / sum(found.tokens):.0%} of {sum(found.tokens):,} tokens")
     if found.example is not None:
         show_example(found.renderer, found.example)
-    say("for a recipe:\n")
+    say("lines for the sections data and chat of a recipe:\n")
     console.print(Text(found.recipe_lines(recipe.data), style="cyan"))
 
 

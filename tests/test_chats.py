@@ -185,9 +185,17 @@ def test_empty_contents_are_named(values, form, words):
     assert complaint(values, form) == f"chats.json line 7: {words}"
 
 
-@pytest.mark.parametrize("values", [{"messages": None}, {"messages": "hi"}, {"messages": {"role": "user"}}, {}])
+@pytest.mark.parametrize("values", [{"messages": None}, {"messages": "hi"}, {"messages": {"role": "user"}}])
 def test_what_is_no_list_of_messages_is_named(values):
     assert "no list of messages, messages: " in complaint(values)
+
+
+@pytest.mark.parametrize(
+    ("form", "key"),
+    [("messages", "messages"), ("sharegpt", "conversations"), ("alpaca", "instruction"), ("prompt", "prompt"), ("text", "text")],
+)
+def test_a_missing_key_is_named_with_those_that_are_there(form, key):
+    assert complaint({"else": 1, "and": 2}, form) == f'chats.json line 7: the key {key} is missing, keys: ["else", "and"]'
 
 
 def test_a_message_that_is_no_object_is_named():
@@ -197,9 +205,14 @@ def test_a_message_that_is_no_object_is_named():
 @pytest.mark.parametrize("role", ["narrator", None, 3, ["user"]])
 def test_an_unknown_role_names_key_and_value(role):
     shown = {"narrator": '"narrator"', None: "null", 3: "3"}.get(role if not isinstance(role, list) else "", '["user"]')
-    assert complaint(said((role, "x"))) == f"chats.json line 7: unknown role, role: {shown}"
-    assert complaint({"conversations": [{"from": role, "value": "x"}]}, "sharegpt") == f"chats.json line 7: unknown role, from: {shown}"
-    assert complaint({"messages": [{"who": role, "content": "x"}]}, fields={"role": "who"}).endswith(f"unknown role, who: {shown}")
+    assert complaint(said((role, "x"))) == f"chats.json line 7: unknown role (see data.roles), role: {shown}"
+    assert (
+        complaint({"conversations": [{"from": role, "value": "x"}]}, "sharegpt")
+        == f"chats.json line 7: unknown role (see data.roles), from: {shown}"
+    )
+    assert complaint({"messages": [{"who": role, "content": "x"}]}, fields={"role": "who"}).endswith(
+        f"unknown role (see data.roles), who: {shown}"
+    )
 
 
 @pytest.mark.parametrize("history", [5, True, "hi", {"hi": "hello"}, [["hi"]], ["hi"], [None], [["a", "b", "c"]]])

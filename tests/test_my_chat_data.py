@@ -77,7 +77,7 @@ def test_five_edited_lines_train_on_ones_own_file(form: str, write: Any, llama: 
     looked = run_script("prepare_data.py", recipe, "--inspect", file)
     assert looked.returncode == 0, looked.stderr
     assert f"of form {form}" in looked.stdout
-    pasted = yaml.safe_load(looked.stdout.split("for a recipe:")[1])
+    pasted = yaml.safe_load(looked.stdout.split("of a recipe:")[1])
     assert (pasted["data"]["form"], pasted["data"]["split"], pasted["chat"]["format"]) == (form, "by_hash", "model")
 
     made = run_script("prepare_data.py", recipe)

@@ -285,26 +285,30 @@ def test_bad_rows_are_counted_shown_and_kept_with_their_places(script, make_reci
     recipe = of_chats(make_recipe, chats_with_bad_rows(tmp_path / "chats.jsonl"))
     counts = prepared(script, recipe)["counts"]
     assert (counts["read"], counts["train"]["kept"]) == (37, 30)
-    assert counts["dropped"] == {"no list of messages": 1, "not JSON": 1, "unknown role": 5}
+    assert counts["dropped"] == {"no list of messages": 1, "not JSON": 1, "unknown role (see data.roles)": 5}
     kept = [json.loads(line) for line in (Path(recipe.data.prepared) / "bad_rows.jsonl").read_text().splitlines()]
-    narrated = [{"place": f"chats.jsonl line {n}", "reason": "unknown role", "key": "role", "value": '"narrator"'} for n in range(4, 9)]
+    narrated = [
+        {"place": f"chats.jsonl line {n}", "reason": "unknown role (see data.roles)", "key": "role", "value": '"narrator"'}
+        for n in range(4, 9)
+    ]
     assert kept[:6] == [*narrated, kept[5]]
     assert kept[5] == {"place": "chats.jsonl line 36", "reason": "no list of messages", "key": "messages", "value": '"hello"'}
     assert (kept[6]["place"], kept[6]["reason"], len(kept)) == ("chats.jsonl line 37", "not JSON", 7)
     shown = " ".join(capsys.readouterr().out.split())
     for words in (
-        'chats.jsonl line 4: unknown role, role: "narrator"',
+        'chats.jsonl line 4: unknown role (see data.roles), role: "narrator"',
         'line 36: no list of messages, messages: "hello"',
         "line 37: not JSON",
     ):
         assert words in shown
     assert shown.count("left out: chats.jsonl") == 5  # three of each reason
     assert "see bad_rows.jsonl" in shown
-    assert "dropped: unknown role 5" in shown
+    assert "dropped: unknown role (see data.roles) 5" in shown
 
 
 @pytest.mark.parametrize(
-    ("skip", "words"), [(0, 'chats.jsonl line 4: unknown role, role: "narrator"'), (8, "chats.jsonl line 28: not JSON")]
+    ("skip", "words"),
+    [(0, 'chats.jsonl line 4: unknown role (see data.roles), role: "narrator"'), (8, "chats.jsonl line 28: not JSON")],
 )
 def test_strict_stops_at_the_first_bad_row(script, make_recipe: MakeRecipe, tmp_path: Path, capsys, skip: int, words: str) -> None:
     source = chats_with_bad_rows(tmp_path / "chats.jsonl")

@@ -18,3 +18,10 @@ def test_each_oddity_is_named_with_its_key_and_numbers(make_recipe: MakeRecipe) 
     assert "7 rows" in rows
     assert "train.rows_per_step: 8" in rows
     assert "evaluation.every_steps: 10, 9 steps" in evaluation
+
+
+def test_targets_that_match_nothing_are_named_beside_those_that_do(make_recipe: MakeRecipe) -> None:
+    recipe = load(make_recipe("adapter.targets=[Wqkv, fc1]"))
+    assert remarks(recipe, num_rows=8, num_steps=10, adapted={"fc1", "Wqkv"}) == []
+    (remark,) = remarks(recipe, num_rows=8, num_steps=10, adapted={"fc1"})
+    assert remark == "adapter.targets Wqkv match nothing in this base; only fc1 are adapted"

@@ -389,6 +389,16 @@ def test_two_splits_of_different_forms_are_refused(tmp_path, recipe):
         pass
 
 
+def test_a_list_of_files_of_two_forms_is_refused_even_if_the_second_comes_late(tmp_path, recipe):
+    first = lines(tmp_path / "a.jsonl", [chat(i) for i in range(500)])
+    other = lines(tmp_path / "b.jsonl", [{"instruction": "x", "output": "y"}])
+    words = r"b\.jsonl is of form alpaca, the rows before it of form messages; give each a place in data\.sets"
+    with pytest.raises(ValueError, match=words), selected(recipe({"source": [first, other]})):
+        pass
+    found, _, sets = taken(recipe({"source": first}, {"source": other}))
+    assert (len(found["train"]), [one.taken for one in sets]) == (501, [500, 1])
+
+
 # --- nothing stays behind
 
 

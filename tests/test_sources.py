@@ -100,8 +100,21 @@ def in_kind(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
 def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path, name):
     path = in_kind(tmp_path, name, ROWS)
     assert read(path) == ROWS
-    unit, numbers = ("row", (1, 2)) if name.endswith("parquet") else ("line", (2, 5) if name[0] in "cd" else (1, 2))
-    assert places(path) == [f"{name} {unit} {number}" for number in numbers]
+    where = ("row 1", "row 2") if name.endswith("parquet") else ("line 1", "line 2")
+    assert places(path) == [f"{name} {place}" for place in (("row 1 (line 2)", "row 2 (line 5)") if name[0] in "cd" else where)]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("list.jsonl", "row"), ("list.jsonl.gz", "row"), ("lines.json", "line")])
+def test_what_is_in_a_file_decides_how_it_is_read_and_not_its_name(tmp_path, name, rows):
+    path = json_list(tmp_path / name, ROWS) if rows == "row" else jsonl(tmp_path / name, ROWS)
+    assert read(path) == ROWS
+    assert [row.place.unit for row in sources.read(path)] == [rows] * len(ROWS)
+
+
+def test_rows_of_a_list_on_one_line_have_places_of_their_own(tmp_path):
+    path = written(tmp_path / "one.json", json.dumps([{"text": str(i)} for i in range(3)]).encode())
+    assert places(path) == ["one.json row 1 (line 1)", "one.json row 2 (line 1)", "one.json row 3 (line 1)"]
+    assert len({row.place.number for row in sources.read(path)}) == 3
 
 
 def test_folders_and_several_sources_are_read_one_after_another(tmp_path):
@@ -124,7 +137,7 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_by_and_counted_as_lines(tm
         tmp_path / "b.json", b'\xef\xbb\xbf \r\n[\r\n {"text": "one"}, {"text":\r\n"two"},\r\n\r\n{"text": "\\ud83d\\ude00"}\r\n]\r\n'
     )
     assert read(path) == [{"text": "one"}, {"text": "two"}, {"text": "\U0001f600"}]
-    assert places(path) == ["b.json line 3", "b.json line 3", "b.json line 6"]
+    assert places(path) == ["b.json row 1 (line 3)", "b.json row 2 (line 3)", "b.json row 3 (line 6)"]
 
 
 # --- long lists, which are read in pieces
@@ -145,7 +158,8 @@ def test_a_list_longer_than_a_chunk_is_what_json_reads_with_the_right_lines(tmp_
     assert len(text) > 3 * sources._CHUNK
     assert read(path) == json.loads(text)
     begins = [number for number, line in enumerate(text.split("\n"), 1) if line == "  {"]
-    assert [row.place.number for row in sources.read(path)] == begins
+    assert [row.place.line for row in sources.read(path)] == begins
+    assert [row.place.number for row in sources.read(path)] == list(range(1, len(rows) + 1))
 
 
 def test_one_object_longer_than_several_chunks_comes_whole(tmp_path):
@@ -255,11 +269,11 @@ def test_a_bad_line_is_a_bad_row_with_its_place_and_the_others_come(tmp_path, li
 @pytest.mark.parametrize(
     ("element", "words"),
     [
-        (b'{"text": "\xff"}', "line 3: not UTF-8, byte 0xff"),
-        (b'{"text":\n\n"\xe9t\xe9"}', "line 3: not UTF-8, byte 0xe9"),
-        (b'{"text": "\\ud83d"}', "line 3: half of a surrogate pair, which is no text"),
-        (b'["text"]', 'line 3: not an object with keys: ["text"]'),
-        (b"null", "line 3: not an object with keys: null"),
+        (b'{"text": "\xff"}', "not UTF-8, byte 0xff"),
+        (b'{"text":\n\n"\xe9t\xe9"}', "not UTF-8, byte 0xe9"),
+        (b'{"text": "\\ud83d"}', "half of a surrogate pair, which is no text"),
+        (b'["text"]', 'not an object with keys: ["text"]'),
+        (b"null", "not an object with keys: null"),
     ],
     ids=["bytes", "latin 1", "surrogate", "list", "null"],
 )
@@ -269,7 +283,7 @@ def test_a_bad_element_of_a_list_is_a_bad_row_with_its_place_and_the_others_come
     good, bad = good_and_bad(path)
     assert good == [{"text": "x"}, {"text": "y"}]
     assert len(bad) == 1
-    assert bad[0].startswith(f"chats.{suffix} {words}")
+    assert bad[0].startswith(f"chats.{suffix} row 2 (line 3): {words}")
 
 
 # --- damaged files
@@ -294,7 +308,7 @@ WHOLE = b'{"text": "x"}\n' * 99
 )
 def test_a_damaged_file_is_one_sentence_with_its_name_and_place(tmp_path, name, content, where):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name} cannot be read after {where}.*; fetch or write the file again") as caught:
+    with pytest.raises(ValueError, match=rf"{name} cannot be read after {where}.*; repair the file, or fetch it again") as caught:
         list(sources.read(str(tmp_path / name)))
     assert "\n" not in str(caught.value)
 

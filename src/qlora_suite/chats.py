@@ -93,9 +93,9 @@ def conversation_of(row: Row, form: Form, source: Source) -> Conversation | BadR
     questions), so that several answers to one prompt, or one chat written out turn by turn, stay on one side of a split.
     """
     try:
-        get = _named(row.values, dict(source.fields))
+        get = _Values(row.values, dict(source.fields))
         if form == "text":
-            turns = _text_turns(get("text"), source)
+            turns = _text_turns(get.needed("text"), source)
         else:
             turns = _READERS[form](get, _Reading(source))
     except _Bad as bad:
@@ -109,8 +109,21 @@ def _group(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _named(values: dict[str, Any], fields: dict[str, str]) -> Any:
-    return lambda name: values.get(fields.get(name, name))
+@dataclass(frozen=True)
+class _Values:
+    """A row, by the names of its form."""
+
+    values: dict[str, Any]
+    fields: dict[str, str]
+
+    def __call__(self, name: str) -> Any:
+        return self.values.get(self.fields.get(name, name))
+
+    def needed(self, name: str) -> Any:
+        key = self.fields.get(name, name)
+        if key not in self.values:
+            raise _Bad(f"the key {name} is missing", "keys", list(self.values))
+        return self.values[key]
 
 
 # --- chats
@@ -139,7 +152,7 @@ class _Reading:
             said = message.get(role_key)
             role = roles.get(said if said in self.source_roles else said.lower()) if isinstance(said, str) else None
             if role is None:
-                raise _Bad("unknown role", role_key, said)
+                raise _Bad("unknown role (see data.roles)", role_key, said)
             content = self.content(message.get(content_key), content_key, optional=bool(message.get("tool_calls")))
             if role in ("tool", CALL) or message.get("tool_calls"):
                 if self.source.tool_turns == "skip":
@@ -207,15 +220,15 @@ class _Reading:
         return kept
 
 
-def _messages(get: Any, reading: _Reading) -> tuple[Turn, ...]:
-    return reading.finished(reading.turns(get("messages"), "messages", ("role", "content")), get("system"))
+def _messages(get: _Values, reading: _Reading) -> tuple[Turn, ...]:
+    return reading.finished(reading.turns(get.needed("messages"), "messages", ("role", "content")), get("system"))
 
 
-def _sharegpt(get: Any, reading: _Reading) -> tuple[Turn, ...]:
-    return reading.finished(reading.turns(get("conversations"), "conversations", ("from", "value")), get("system"))
+def _sharegpt(get: _Values, reading: _Reading) -> tuple[Turn, ...]:
+    return reading.finished(reading.turns(get.needed("conversations"), "conversations", ("from", "value")), get("system"))
 
 
-def _alpaca(get: Any, reading: _Reading) -> tuple[Turn, ...]:
+def _alpaca(get: _Values, reading: _Reading) -> tuple[Turn, ...]:
     """The input stands below the instruction, behind a blank line."""
     turns, history = [], get("history") or []
     if not isinstance(history, list | tuple):
@@ -224,16 +237,16 @@ def _alpaca(get: Any, reading: _Reading) -> tuple[Turn, ...]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise _Bad("history holds something else than a pair", "history", pair)
         turns += [Turn("user", reading.content(pair[0], "history")), Turn("assistant", reading.content(pair[1], "history"))]
-    instruction, extra = reading.content(get("instruction"), "instruction"), get("input")
+    instruction, extra = reading.content(get.needed("instruction"), "instruction"), get("input")
     if extra is not None and (text := reading.content(extra, "input")).strip():
         instruction = f"{instruction}\n\n{text}" if instruction.strip() else text
-    turns += [Turn("user", instruction), Turn("assistant", reading.content(get("output"), "output"))]
+    turns += [Turn("user", instruction), Turn("assistant", reading.content(get.needed("output"), "output"))]
     return reading.finished(turns, get("system"))
 
 
-def _prompt(get: Any, reading: _Reading) -> tuple[Turn, ...]:
+def _prompt(get: _Values, reading: _Reading) -> tuple[Turn, ...]:
     """A text each, or messages each; what the prompt holds is context."""
-    prompt, completion = get("prompt"), get("completion")
+    prompt, completion = get.needed("prompt"), get("completion")
     if completion is None:
         completion = get("response")
     names = ("role", "content")

@@ -70,7 +70,7 @@ class Inspection:
 
     def recipe_lines(self, source: Source) -> str:
         """What to paste into a recipe."""
-        lines = ["data:", f"  source: {self.file}", "  split: by_hash            # a fifth is held out for scripts/evaluate.py"]
+        lines = ["data:", f"  source: {self.file}", "  split: by_hash        # a fifth is held out for scripts/evaluate.py"]
         lines += [f"  policy: {self.policy}"] if self.policy else [f"  form: {self.form}"]
         for key in ("fields", "roles"):
             if pairs := getattr(source, key):
@@ -95,7 +95,10 @@ def inspect(recipe: Recipe, file: str, progress: Progress) -> Inspection:
     chat = recipe.chat
     if (form == "text") != (chat.format == "text"):
         chat = Chat(format="text" if form == "text" else "model")
-    config = load_config(recipe.model).get_text_config()
+    try:
+        config = load_config(recipe.model).get_text_config()
+    except ValueError as why:
+        raise ValueError(f"{why}; tokens need a tokenizer: model.base=assets/tiny_phi shows the rest without yours") from None
     found = Inspection(file, form, chat, getattr(config, "max_position_embeddings", None), "all_paths" if form == "oasst" else None)
     tokenizer = load_tokenizer(recipe.model)
     renderer = Renderer(tokenizer, chat, add_role_markers(tokenizer, config.vocab_size, chat))

@@ -9,10 +9,11 @@ key (marked `free(...)` below) changes only speed, memory, what is saved and wha
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Marker = Annotated[str, Field(min_length=1)]
+Markers = Annotated[tuple[Marker, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Pairs = (AfterValidator(lambda mapping: tuple(mapping.items())), PlainSerializer(dict))
 """A mapping in YAML, held as pairs, which are frozen: dict(...) makes the mapping again."""
@@ -125,9 +126,9 @@ class Source(Section):
     """Turns of one role behind each other: made one, with a blank line between; left as they are; or the row is skipped."""
     tool_turns: Literal["skip", "drop", "keep"] = "skip"
     """Rows in which tools are called: skipped; learnt without the calls and what the tools said; or kept (`chat.format: model`)."""
-    learn_after: tuple[Marker, ...] = ()
+    learn_after: Markers = ()
     """Plain text: learn only what stands behind one of these markers (and before the next of either list)."""
-    learn_until: tuple[Marker, ...] = ()
+    learn_until: Markers = ()
     """Plain text: a marker that ends what is learnt."""
     policy: Policy | None = None
     """How conversations are taken from OASST trees (see oasst1.py). Needed for OASST data, refused for other data."""

@@ -39,7 +39,19 @@ FOREIGN = {
     "save_steps": "here it is checkpoints.every_steps",
     "eval_steps": "here it is evaluation.every_steps",
     "max_seq_length": "here it is data.max_length",
-    "datasets": "here they are data.sets",
+    "datasets": "here it is data.source, or data.sets for several with keys of their own",
+    "base_model": "here it is model.base",
+    "num_epochs": "here it is train.epochs",
+    "dataset": "here it is data.source",
+    "output_dir": "here it is output.dir",
+    "optimizer": "here it is optim.name",
+    "lr_scheduler_type": "here it is optim.schedule",
+    "lr": "here it is optim.learning_rate",
+    "r": "here it is adapter.rank",
+    "template": "here it is chat.format",
+    "conversation": "here it is data.form",
+    "do_train": "scripts/train.py trains, scripts/evaluate.py evaluates",
+    "finetuning_type": "adapter is a section (LoRA) or none (every weight)",
     "chat_template": "here it is chat.format: model (the base's own template), chatml, or one of the others",
     "train_on_inputs": "here it is chat.loss_on: all",
     "val_set_size": "here it is data.split: by_hash with data.validation_share",
@@ -47,6 +59,11 @@ FOREIGN = {
 }
 """Keys of other suites, and where their meaning lives here."""
 FOREIGN.update(dict.fromkeys(("bf16", "fp16"), FOREIGN["mixed_precision"]))
+FOREIGN.update(dict.fromkeys(("model_name_or_path", "model_name"), FOREIGN["base_model"]))
+FOREIGN.update(dict.fromkeys(("lora_target", "lora_target_modules", "lora_target_linear"), FOREIGN["target_modules"]))
+FOREIGN.update(dict.fromkeys(("micro_batch_size", "batch_size"), FOREIGN["per_device_train_batch_size"]))
+FOREIGN.update(dict.fromkeys(("lr_scheduler", "scheduler"), FOREIGN["lr_scheduler_type"]))
+FOREIGN["quantization_bit"] = FOREIGN["load_in_4bit"]
 FOREIGN.update(dict.fromkeys(("sequence_len", "cutoff_len"), FOREIGN["max_seq_length"]))
 FOREIGN.update(dict.fromkeys(("sample_packing", "neat_packing"), "here it is data.packing"))
 
@@ -58,8 +75,11 @@ class _Loader(yaml.SafeLoader):
         mapping = super().construct_mapping(node, deep=deep)
         if len(mapping) < len(node.value):
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands twice", node.start_mark)
+            again = next(i for i, key in enumerate(keys) if key in keys[:i])
+            first, mark = node.value[keys.index(keys[again])][0].start_mark, node.value[again][0].start_mark
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {keys[again]} stands twice (first in line {first.line + 1})", mark
+            )
         return mapping
 
 
@@ -78,7 +98,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no recipe at {path} (working folder: {Path.cwd()})")
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ValueError(f"there is no recipe at {path} (working folder: {Path.cwd()}){hint}")
     if path.stat().st_size > 1_000_000:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a recipe has a few thousand")
     try:
@@ -121,7 +143,8 @@ def _parse_yaml(text: str, name: str) -> Any:
             raise yaml.YAMLError("aliases (*name) are not allowed in recipes")
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one number format more
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-99-99
-        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+        raise ValueError(f"{name} is not valid YAML: {said}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deep; a recipe has sections and keys") from None
 

@@ -102,7 +102,7 @@ def add_role_markers(tokenizer: PreTrainedTokenizerBase, num_embedding_rows: int
     Raises ValueError where the recipe's wish cannot be fulfilled.
     """
     if chat.format == "text":
-        return _as_text("role markers: none, every token of the text is learnt")
+        return _as_text("role markers: none, a text has no roles")
     if chat.format in ("chatml", "model"):
         _make_special(tokenizer, ordinary_turn_tokens(tokenizer, chat))
         if not is_chatml(tokenizer, chat):

@@ -208,7 +208,8 @@ class Run:
             f"step       {rows_per_step} rows on {where}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
             f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {'on' if checkpointing else 'off'}"
         )
-        for remark in remarks(self.recipe, order.num_rows, order.num_steps):
+        config = getattr(engine.unwrapped, "peft_config", {}).get("default")
+        for remark in remarks(self.recipe, order.num_rows, order.num_steps, config and config.target_modules):
             say(f"note       {remark}")
 
     # ---- while it learns ----------------------------------------------------------------------------------------------------

@@ -113,6 +113,8 @@ class SetCounts:
     """`messages` (OASST) or `rows`."""
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    taken: int = 0
+    """Conversations for training, copies included."""
 
 
 class Conversations:
@@ -224,7 +226,7 @@ def _conversations(
                 "set data.form, or convert one"
             )
         everything = progress(itertools.chain(head, rows), f"reading {name}" + (f" ({loaded_as})" if loaded_as != "all" else ""), None)
-        good = _good(everything, found, selection, strict)
+        good = _good(everything, found, source, selection, strict)
         if form == "oasst":
             conversations, dropped = oasst1.conversations([row.values for row in good], source.policy, source.filters)
             found.dropped += dropped
@@ -252,13 +254,22 @@ def _form(recipe: Recipe, head: list[Row | BadRow], source: Source) -> Form:
     return form
 
 
-def _good(rows: Iterable[Row | BadRow], found: SetCounts, selection: Selection, strict: bool) -> Iterator[Row]:
+def _good(rows: Iterable[Row | BadRow], found: SetCounts, source: Source, selection: Selection, strict: bool) -> Iterator[Row]:
+    """Raises ValueError if a file's first row is of another form than the first file's: it would be left out as a whole."""
+    files: set[str] = set()
     for row in rows:
         found.read += 1
         if isinstance(row, BadRow):
             _leave_out(row, found, selection, strict)
-        else:
-            yield row
+            continue
+        if row.place.file not in files:
+            files.add(row.place.file)
+            form = chats.form_of(row.values, dict(source.fields))
+            if source.form is None and source.policy is None and form not in (None, found.form):
+                raise ValueError(
+                    f"{row.place.file} is of form {form}, the rows before it of form {found.form}; give each a place in data.sets"
+                )
+        yield row
 
 
 def _chats(rows: Iterable[Row], form: Form, source: Source, found: SetCounts, selection: Selection, strict: bool) -> Iterator[Conversation]:
@@ -372,6 +383,8 @@ def _choose(recipe: Recipe, paths: dict[str, Path], selection: Selection) -> Non
             copies = np.where(taken, _times(column), 0)
             counts.weighted_out = int((taken & (copies == 0)).sum())
             counts.copies = int(np.maximum(copies - 1, 0).sum())
+            for number, one in enumerate(selection.sets):
+                one.taken = int(copies[column.set == number].sum())
         rows = np.flatnonzero(copies)
         selection.splits[split] = Conversations(paths[split], rows, copies[rows])
 

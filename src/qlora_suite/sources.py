@@ -38,10 +38,12 @@ class Place:
     """The file's name, or the hub's and the split's. Without its folder, so that moved data is the same data."""
     number: int
     """Of the line, or of the row, from 1."""
-    unit: str = "line"
+    unit: Literal["line", "row"] = "line"
+    line: int | None = None
+    """Where a row of a JSON list begins: several may stand on one line."""
 
     def __str__(self) -> str:
-        return f"{self.file} {self.unit} {self.number}"
+        return f"{self.file} {self.unit} {self.number}" + (f" (line {self.line})" if self.line else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def read(
         elif _is_hub_id(name):
             places.append((name, []))
         else:
-            raise ValueError(f"there is no file or folder {name} (working folder: {Path.cwd()}); correct the path")
+            raise ValueError(f"there is no file or folder {name} (working folder: {Path.cwd()}); correct data.source")
     return _read(places, split, revision, prefix)
 
 
@@ -206,7 +208,11 @@ def _is_of(path: Path, split: Split) -> bool:
 
 
 def _refuse(path: Path) -> None:
-    raise ValueError(f"{path} is not read: data must be {', '.join(_READABLE)}; convert the file, or move it away if it is no data")
+    remedy = {
+        ".csv": "write it as JSONL, one object a line (csv.DictReader and json.dumps do it in three lines)",
+        ".txt": 'write {"text": ...}, one object a line, into a file .jsonl and set chat.format: text',
+    }.get(path.suffix, "convert the file, or move it away if it is no data")
+    raise ValueError(f"{path} is not read: data must be {', '.join(_READABLE)}; {remedy}")
 
 
 def _read_file(path: Path, label: str) -> Iterator[Row | BadRow]:
@@ -214,8 +220,8 @@ def _read_file(path: Path, label: str) -> Iterator[Row | BadRow]:
         _refuse(path)
     if path.suffix == ".parquet":
         return _read_parquet(path, label)
-    # Many files named .json hold one object a line; what begins with a bracket is one list.
-    return _read_list(path, label) if ".json" in path.suffixes[-2:] and _first_byte(path) == b"[" else _read_lines(path, label)
+    # Many files named .json hold one object a line, and the other way round; what begins with a bracket is one list.
+    return _read_list(path, label) if _first_byte(path) == b"[" else _read_lines(path, label)
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -232,7 +238,7 @@ def _first_byte(path: Path) -> bytes:
 
 def _cannot_read(path: Path, number: int, unit: str, error: Exception) -> ValueError:
     what = " ".join(str(error).split())
-    return ValueError(f"{path} cannot be read after {unit} {number}: {what}; fetch or write the file again")
+    return ValueError(f"{path} cannot be read after {unit} {number}: {what}; repair the file, or fetch it again")
 
 
 def _read_lines(path: Path, label: str) -> Iterator[Row | BadRow]:
@@ -281,7 +287,7 @@ def _checked(row: Any, place: Place, may_hold_surrogates: bool, bytes_came_throu
 
 def _read_list(path: Path, label: str) -> Iterator[Row | BadRow]:
     """One JSON list of objects, a few of them in memory at a time, each at the line where it begins."""
-    decoder, line, at = json.JSONDecoder(), 1, 0
+    decoder, number, line, at = json.JSONDecoder(), 0, 1, 0
     try:
         # Bytes that are no UTF-8 come through as surrogates, so that one of them costs its own object alone.
         with io.TextIOWrapper(_opened(path), "utf-8-sig", "surrogateescape", newline="") as file:
@@ -311,7 +317,8 @@ def _read_list(path: Path, label: str) -> Iterator[Row | BadRow]:
                         raise ValueError(f"{error.msg}, {shown(text[error.pos : error.pos + 40])}") from None
                     text, at, comma = text[at:] + more, 0, ""  # the comma is behind us
                     continue
-                yield _checked(value, Place(label, line), may_hold_surrogates=True, bytes_came_through=True)
+                number += 1
+                yield _checked(value, Place(label, number, "row", line), may_hold_surrogates=True, bytes_came_through=True)
                 line += text.count("\n", at, end)
                 at, comma = end, ","
     except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:

@@ -71,6 +71,8 @@ def subject_of(
         raise ValueError("--adapter and --model name two different things to score; give one")
     if chat and not (adapter or model):
         raise ValueError("--format says how an --adapter or --model was trained; a run and a base are scored in the recipe's format")
+    if not target.exists() and target.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"there is no run in {target} (working folder: {Path.cwd()}); train first, or give a recipe to score its base")
     if not target.is_dir():
         recipe, other = load(target, overrides), adapter or model
         name = f"report-{_file_name(other) if other else 'base'}"
