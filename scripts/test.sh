@@ -4,7 +4,7 @@
 #     bash scripts/test.sh [--system] [pytest's arguments]           e.g. bash scripts/test.sh tests/test_packing.py -x
 #
 #     --system    as root on Debian or Ubuntu: installs what some tests need from the system (g++ and the Python headers, for
-#                 DeepSpeed's ops), as with CI=true; without it those tests skip and say so
+#                 DeepSpeed's ops; Chromium, for the pages), as with CI=true; without it those tests skip and say so
 #
 # All parts run even if one fails. The exit code is pytest's, or 1 if only another part failed.
 set -euo pipefail
@@ -39,6 +39,15 @@ install_what_deepspeed_builds_with() {
   fi
 }
 
+install_chromium() { # with which tests/browser.py uses the pages as a person does
+  if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then return; fi
+  if may_install_system_packages; then
+    install_system_packages chromium fonts-dejavu-core
+  else
+    say "Not here: chromium. The tests of the pages will skip; \`sudo apt-get install chromium\` enables them."
+  fi
+}
+
 check_shell_scripts() {
   local script status=0
   for script in .ci/run scripts/*.sh slurm/*.sh slurm/*.sbatch; do
@@ -49,6 +58,7 @@ check_shell_scripts() {
 }
 
 install_what_deepspeed_builds_with
+install_chromium
 # A real SLURM for tests/test_slurm.py: Debian's packages, 3.5 MB, unpacked into build/ once; nothing is installed. As root each of its
 # nodes has a network of its own.
 "${PYTHON_COMMAND[@]}" tests/slurm_cluster.py unpack || true # it has said why those tests will skip

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_suite.adapter import adapter_folder
 from qlora_suite.chat import Renderer
@@ -104,14 +104,11 @@ def renderers_of(subject: Subject, manifest: dict[str, Any]) -> tuple[Renderer, 
 
     Scores are of the answers, whatever was trained on.
     """
-    recipe = subject.recipe
-    own = recipe.chat if recipe.chat.format == subject.format else Chat(format=subject.format)  # the recipe's keeps its system prompt
-    chat = own.model_copy(update={"loss_on": None})
+    recipe, chat = subject.recipe, _chat(subject)
     base_tokenizer = load_tokenizer(recipe.model)
     if subject.elsewhere:
-        tokenizer = tokenizer_of(subject)
-        ours = _renderer(tokenizer, chat, Model(base=subject.model) if subject.model else recipe.model)
-        shared = base_tokenizer.get_vocab().items() <= tokenizer.get_vocab().items()
+        ours = renderer_of(subject)
+        shared = base_tokenizer.get_vocab().items() <= ours.tokenizer.get_vocab().items()
         of_base = {subject.format: ours if shared else _renderer(load_tokenizer(recipe.model), chat, recipe.model)}
     else:
         ours = Renderer(prepared_tokenizer(Path(recipe.data.prepared)), chat, RoleMarkers.from_json(manifest["role_markers"]))
@@ -120,6 +117,24 @@ def renderers_of(subject: Subject, manifest: dict[str, Any]) -> tuple[Renderer, 
         if name not in of_base:
             of_base[name] = _renderer(base_tokenizer, Chat(format=name), recipe.model)
     return ours, of_base
+
+
+def renderer_of(subject: Subject) -> Renderer:
+    """How the subject is asked, from the files that stand beside its weights: it needs no prepared data."""
+    recipe, chat = subject.recipe, _chat(subject)
+    if subject.elsewhere:
+        return _renderer(tokenizer_of(subject), chat, Model(base=subject.model) if subject.model else recipe.model)
+    if not (subject.adapter or subject.model):
+        return _renderer(load_tokenizer(recipe.model), chat, recipe.model)
+    markers = read_json(subject.folder / "run.json")["data_manifest"]["role_markers"]
+    return Renderer(AutoTokenizer.from_pretrained(subject.folder / "final"), chat, RoleMarkers.from_json(markers))
+
+
+def _chat(subject: Subject) -> Chat:
+    """The format, with the system prompt of the recipe if it is the recipe's."""
+    chat = subject.recipe.chat
+    own = chat if chat.format == subject.format else Chat(format=subject.format)
+    return own.model_copy(update={"loss_on": None})
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, chat: Chat, model: Model) -> Renderer:
