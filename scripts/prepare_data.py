@@ -5,12 +5,13 @@
     python scripts/prepare_data.py recipes/quickstart.yaml data.policy=best_path --ids ids.tsv --export-jsonl chats.jsonl
     python scripts/prepare_data.py recipes/my_chat_data.yaml --inspect chats.json      what is in a file, and what to write into a recipe
 
-Runs once, on one process, without a GPU. Run again it says that the data is up to date, or makes it anew if the recipe or a
+Runs once, without a GPU, on all cores. Run again it says that the data is up to date, or makes it anew if the recipe or a
 source file has changed. Writes the recipe's data.prepared folder: train.arrow, dev.arrow, validation.arrow, bad_rows.jsonl, tokenizer/,
 manifest.json. Rows that cannot be used are left out, counted and named; --strict stops at the first.
 """
 
 import os
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,15 @@ BAD_ROWS_SHOWN = 3
 
 
 def run(recipe: Recipe, ids: str | None = None, export: str | None = None, strict: bool = False, num_workers: int = 1) -> None:
+    for option, path in (("--ids", ids), ("--export-jsonl", export)):
+        if path and not Path(path).parent.is_dir():
+            raise ValueError(f"{option}: there is no folder {Path(path).parent}; make it, or name another")
     manifest = None
     try:
         manifest = dataset.load_manifest(recipe)
     except ValueError as why:
         say(f"preparing {recipe.data.prepared} ({str(why).partition(';')[0]})")
-        check_replaceable(Path(recipe.data.prepared))
+        check_replaceable(recipe)
     if manifest is not None and not (ids or export):
         show_funnel(manifest["counts"], recipe)
         say(f"{recipe.data.prepared} is up to date")
@@ -193,6 +197,11 @@ def show_inspection(recipe: Recipe, file: str) -> None:
     console.print(Text(found.recipe_lines(recipe.data), style="cyan"))
 
 
+def end_at_once(*_: object) -> None:
+    """As SIGTERM does by itself, but clearing away what was being written."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def progress(items: Iterable[Any], description: str, total: int | None) -> Iterable[Any]:
     columns = (
         TextColumn("{task.description}"),
@@ -232,4 +241,5 @@ if __name__ == "__main__":
             raise ValueError("give a recipe, or --inspect FILE")
         run(load(args.recipe, args.overrides), args.ids, args.export_jsonl, args.strict, args.num_workers)
 
-    with_clear_errors(main, debug=args.debug)
+    signal.signal(signal.SIGTERM, end_at_once)
+    with_clear_errors(main, debug=args.debug, interrupted="what was prepared before is untouched, the same command starts anew")

@@ -27,14 +27,12 @@ from qlora_suite.batches import check_division
 from qlora_suite.dataset import load_manifest
 from qlora_suite.files import read_json, write_json
 from qlora_suite.preemption import REQUEST
-from qlora_suite.recipe import Recipe, curve_keys
+from qlora_suite.recipe import Recipe, curve_keys, names_files
 from qlora_suite.recipe_file import load
 
 MAX_STARTS = 3
 """From one checkpoint: the first and two restarts. A run that then has made no new checkpoint will not make one by itself."""
 STARTS = "slurm_starts.json"
-SAME_FILES = ("data.source", "data.validation_source", "model.base", "model.revision")
-"""They only name files; train.py compares what stands in them."""
 
 
 # ---- before a job --------------------------------------------------------------------------------------------------------------
@@ -47,7 +45,7 @@ def check(recipe: Recipe, config: Path, nodes: int, processes: int | None) -> No
     run = Path(recipe.output.dir)
     if (run / "recipe.yaml").is_file():
         then, now = (curve_keys(one) for one in (load(run / "recipe.yaml"), recipe))
-        changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in SAME_FILES)
+        changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and not names_files(key))
         if changed:
             raise ValueError(f"the run in {run} was started with other values of {', '.join(changed)}; put them back, or set output.dir")
     if processes is not None:

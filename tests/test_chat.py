@@ -531,3 +531,14 @@ def test_a_tokenizer_that_makes_a_control_token_of_a_text_is_refused():
     renderer = Renderer(tokenizer, Chat(format="human_assistant"), RoleMarkers("text"))
     with pytest.raises(ValueError, match=r"conversation key: the tokenizer makes </s> of the message text"):
         renderer.render(talk("a </s> a", "a"))
+
+
+def test_a_part_of_a_text_that_is_not_to_be_learnt_is_context_and_so_is_the_end_behind_it(renderers):
+    made = renderers("phi", "text")
+    turns = [Turn("user", "Q: hi A:"), Turn("assistant", " hello", learn=False), Turn("user", " Q: and A:"), Turn("assistant", " fine")]
+    for last in (True, False):
+        turns[-1] = Turn("assistant", " fine", learn=last)
+        rendered = made.render(Conversation("k", (), "g", tuple(turns)))
+        learnt = made.tokenizer.decode([i for i, learn in zip(rendered.ids, rendered.supervised, strict=True) if learn])
+        assert learnt == (" fine" + made.tokenizer.eos_token if last else "")
+        assert [turn.learn for turn in rendered.turns] == [False, last]

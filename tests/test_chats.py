@@ -143,6 +143,20 @@ def test_the_group_is_the_first_question_and_for_texts_the_whole():
     assert texts[0].group == texts[1].group != texts[2].group
 
 
+def test_the_question_of_a_marked_text_stands_in_front_of_what_is_learnt_and_a_marker_alone_is_none():
+    def group(text: str) -> str:
+        return result({"text": text}, "text", learn_after="A:").group
+
+    assert group("Q: hi A: hello") == group("Q: hi A: oh! Q: and? A: fine") != group("Q: ho A: hello")
+    assert group("A: one poem") != group("A: another")
+
+
+@pytest.mark.parametrize("key", ["prompt", "completion"])
+def test_what_is_neither_a_text_nor_messages_is_named_so(key):
+    values = {"prompt": "x", "completion": "y", key: None}
+    assert complaint(values, "prompt") == f"chats.json line 7: no text and no list of messages, {key}: null"
+
+
 # --- content
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SHELL_FILES = [ROOT / ".ci/run", *sorted(ROOT.glob("scripts/*.sh")), *sorted(ROOT.glob("slurm/*.sh")), *sorted(ROOT.glob("slurm/*.sbatch"))]
@@ -115,7 +116,11 @@ def test_pins_are_exact_commented_and_inside_the_ranges_of_pyproject(name, extra
 
 
 def test_everything_that_is_imported_is_pinned():
-    pinned = {line.partition("==")[0].lower() for name in ("requirements.txt", "requirements-test.txt") for line, _ in requirements(name)}
+    pinned = {
+        canonicalize_name(line.partition("==")[0])
+        for name in ("requirements.txt", "requirements-test.txt")
+        for line, _ in requirements(name)
+    }
     distributions = metadata.packages_distributions()
     for path in [*ROOT.glob("src/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("tests/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -123,16 +128,19 @@ def test_everything_that_is_imported_is_pinned():
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
             for name in {name.partition(".")[0] for name in names} & distributions.keys() - {"qlora_suite"}:
-                assert pinned & {d.lower() for d in distributions[name]}, f"{path.name} imports {name}, which no requirements file pins"
+                assert pinned & {canonicalize_name(d) for d in distributions[name]}, (
+                    f"{path.name} imports {name}, which no requirements file pins"
+                )
 
 
 def test_the_lock_agrees_with_the_pins():
-    locked = dict(line.lower().split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
+    pins = (line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
+    locked = {canonicalize_name(package): version for package, version in pins}
     for name in ("requirements.txt", "requirements-test.txt"):
         for line, _ in requirements(name):
             if line != "-e .":
-                package, version = line.lower().split("==")
-                assert locked.get(package) == version, f"{line}: requirements.lock is stale, run `bash scripts/lock.sh`"
+                package, version = line.split("==")
+                assert locked.get(canonicalize_name(package)) == version, f"{line}: requirements.lock is stale, run `bash scripts/lock.sh`"
     assert not any("+" in version for version in locked.values()), "a local version binds the lock to one build"
 
 

@@ -24,7 +24,7 @@ from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
 from qlora_suite.chat_templates import jinja
 from qlora_suite.conversations import Conversation, Turn
-from qlora_suite.evaluation import excerpts, score
+from qlora_suite.evaluation import _pieces, excerpts, score
 from qlora_suite.generation import answer
 from qlora_suite.model import load_base
 from qlora_suite.preparation import template_agreement
@@ -689,3 +689,28 @@ def test_chatmls_new_rows_are_learnt_saved_and_read_back_tied_or_not(architectur
     net.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     again = load_adapter(load_base(recipe.model, torch.float32, torch.device("cpu")), str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(again(input_ids=ids).logits, net(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+
+
+# ---- scored within the window --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_of_every_length_are_scored_whole_or_cut_and_never_reach_over_the_window(case: str) -> None:
+    made, window = renderer(case, system_prompt="Be brief."), 90
+    talks = [talk("hi", "well " * words + "?", "and", "now " * (words % 7) + "!") for words in range(1, 90)]
+    found, cut = excerpts(talks, [made], window)
+    pieces = _pieces(made, found, window)
+    lengths = [len(piece.ids) for _, piece in pieces]
+    assert window - 1 <= max(lengths) <= window, "the sweep has to meet the edge"
+    answers = [turn for _, piece in pieces for turn in piece.turns if turn.learn]
+    assert len(answers) + cut.answers == 2 * len(talks)
+    for _, piece in pieces:
+        assert all(piece.supervised[turn.end] for turn in piece.turns if turn.learn), "with its end token"
+        assert len(piece.ids) == piece.turns[-1].end + 1
+
+
+def test_a_conversation_that_the_saved_template_refuses_is_trained_on_and_said_not_to_agree() -> None:
+    made = renderer("mistral_v1")
+    first = says(("assistant", "hello"), ("user", "hi"), ("assistant", "oh"))
+    assert made.render(first).num_supervised > 0
+    assert template_agreement([talk("a", "b"), first], made) == {"checked": 2, "agreed": 1}

@@ -2,8 +2,12 @@
 
 import itertools
 import json
+import multiprocessing
 import os
+import signal
+import time
 from collections.abc import Iterator
+from functools import partial
 from math import factorial, isqrt
 from pathlib import Path
 
@@ -88,3 +92,22 @@ def test_the_prepared_folder_does_not_depend_on_the_number_of_workers(
     assert tables[0] == tables[1]
     assert manifests[0] == manifests[1]
     assert {"train.arrow", "dev.arrow", "validation.arrow", "bad_rows.jsonl"} <= tables[0].keys()
+
+
+def test_a_killed_worker_is_one_sentence_and_nothing_hangs():
+    def kill_one() -> Iterator[int]:
+        for number in range(10**6):
+            if number == 20 * CHUNK:
+                os.kill(min(child.pid for child in multiprocessing.active_children()), signal.SIGKILL)
+            yield number
+
+    with pytest.raises(ValueError, match="one of 2 processes was killed, perhaps because memory was short; try --num-workers 1"):
+        list(in_order(isqrt, kill_one(), 10**6, 2))
+    while multiprocessing.active_children():  # the pool's own thread is about to bury them
+        time.sleep(0.01)
+
+
+def test_workers_never_hear_ctrl_c_and_this_process_does_again():
+    blocked = partial(signal.pthread_sigmask, signal.SIG_BLOCK)
+    assert all(signal.SIGINT in of_worker for of_worker in in_order(blocked, [()] * 40 * CHUNK, 40 * CHUNK, 2))
+    assert signal.SIGINT not in blocked(())

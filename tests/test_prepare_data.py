@@ -4,13 +4,17 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import os
+import platform
 import shutil
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT, MakeRecipe, run_script
 from transformers import AutoTokenizer
 
@@ -19,7 +23,8 @@ from qlora_suite.chat import Renderer
 from qlora_suite.command_line import with_clear_errors
 from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import MANIFEST, Rows, load_manifest, read_conversations
-from qlora_suite.recipe import Recipe
+from qlora_suite.files import folder_aside
+from qlora_suite.recipe import Recipe, curve_keys, names_files
 from qlora_suite.recipe_file import load
 from qlora_suite.rendered import Rendered
 from qlora_suite.selection import SPLITS
@@ -530,3 +535,102 @@ def test_where_a_template_rewrites_history_each_answer_may_be_an_example_of_its_
     assert (counts["kept"], counts["nothing_new"]) == ((4, 0) if way == "each_turn" else (3, 1))
     assert counts["dropped_too_long"] == counts["cut_conversations"] == 0
     assert counts["rewritten"] == (0 if way == "each_turn" else 4)
+
+
+def test_data_of_a_base_with_another_template_is_stale(
+    script: ModuleType, make_recipe: MakeRecipe, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = (ROOT / "tests" / "templates" / "llama3.jinja").read_text()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]})
+    tokenizer.save_pretrained(base)
+    recipe = load(make_recipe(f"model.base={base}", "chat.format=model"))
+    prepared(script, recipe)
+    with (base / "chat_template.jinja").open("a") as file:
+        file.write("{# another #}")
+    assert "chat_template.jinja has changed" in complaint(recipe)
+
+
+def test_of_many_data_sets_the_key_that_changed_is_named(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [{"prompt": str(i), "completion": "x"} for i in range(30)])
+    sets = [{"source": str(source), "split": "all"}, {"source": str(source), "split": "all", "weight": 2.0}]
+
+    def of(sets: list[dict[str, Any]]) -> Recipe:
+        plain = ("data.source=null", "data.policy=null", "data.split=published", "data.dev_share=0.1")
+        return load(make_recipe(*plain, f"data.sets={json.dumps(sets)}"))
+
+    recipe = of(sets)
+    prepared(script, recipe)
+    sets[1]["weight"] = 3.0
+    changed = of(sets)
+    manifest = json.loads((Path(recipe.data.prepared) / MANIFEST).read_text())
+    assert dataset.staleness(manifest, changed) == "data.sets.1.weight was 2.0 and is now 3.0"
+
+
+def test_moved_files_of_several_data_sets_are_the_same_data(make_recipe: MakeRecipe) -> None:
+    plain = ("data.source=null", "data.policy=null", "data.split=published")
+    here, there = (load(make_recipe(*plain, f"data.sets=[{{source: {place}/a.jsonl, split: all}}]")) for place in ("here", "there"))
+    differ = {key for key, value in curve_keys(here).items() if curve_keys(there)[key] != value}
+    assert differ == {"data.sets.0.source"}
+    assert all(names_files(key) for key in differ)
+    assert not any(names_files(key) for key in curve_keys(here) if key.endswith(("weight", "split", "form")))
+
+
+def test_prepared_data_among_the_raw_data_is_refused(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path, capsys) -> None:
+    (tmp_path / "raw").mkdir()
+    write_lines(tmp_path / "raw" / "a.jsonl", [{"prompt": "x", "completion": "y"}])
+    recipe = load(make_recipe(f"data.source={tmp_path}/raw", "data.policy=null", f"data.prepared={tmp_path}/raw/prepared"))
+    assert "would be read as data the next time; name a folder outside" in refusal(script, recipe, capsys)
+
+
+def test_what_killed_processes_left_is_cleared_away_and_what_others_write_is_not(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    node = platform.node()
+    names = {
+        f".p.{node}-{dead.pid}.tmp": False,
+        f".p.{node}-{os.getppid()}.tmp": True,
+        f".p.elsewhere-{dead.pid}.tmp": True,
+        ".p.x.tmp": True,
+    }
+    for name in names:
+        (tmp_path / name).mkdir()
+    aside = folder_aside(tmp_path / "p", "tmp")
+    assert aside.is_dir()
+    assert {name: (tmp_path / name).exists() for name in names} == names
+    assert folder_aside(tmp_path / "p", "tmp") == aside  # one that an earlier process of this number left
+
+
+def test_a_missing_folder_for_a_list_is_said_before_the_work(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--ids: there is no folder"):
+        prepared(script, load(make_recipe()), ids=tmp_path / "none" / "ids.tsv")
+
+
+def test_what_follows_the_last_learnt_part_of_a_text_stays_and_no_end_is_taught_there(
+    script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [{"text": f"hi {i} <t>x {i}</t> tail"} for i in range(30)])
+    plain = (f"data.source={source}", "data.policy=null", "data.split=all", "data.dev_share=0.0", "data.packing=false", "chat.format=text")
+    recipe = load(make_recipe(*plain, "data.learn_after=<t>", "data.learn_until=</t>"))
+    counts, rows = prepared(script, recipe)["counts"]["train"], rows_of(recipe)
+    decode = AutoTokenizer.from_pretrained(Path(recipe.data.prepared) / "tokenizer").decode
+    whole, learnt = (
+        {decode(rows[i]["input_ids"] if all_ else rows[i]["input_ids"][rows[i]["supervised"]]) for i in range(len(rows))} for all_ in (1, 0)
+    )
+    assert "<|endoftext|>hi 7 <t>x 7</t> tail<|endoftext|>" in whole
+    assert "x 7" in learnt
+    assert not any("<|endoftext|>" in text for text in learnt)
+    assert counts["open_ends"] == 0
+
+
+def test_lines_to_paste_hold_every_rule_that_rows_were_read_by_and_any_name(
+    script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path, capsys
+) -> None:
+    odd = write_lines(tmp_path / "sp ace: x.jsonl", [{"b, c": "Q: x A: y"}] * 3)
+    rules = ["data.fields={text: 'b, c'}", "data.learn_after=['A:']", "data.learn_until=['Q: ']", "data.form=text", "chat.format=text"]
+    script.show_inspection(load(make_recipe("data.policy=null", "data.filters=null", *rules)), str(odd))
+    pasted = yaml.safe_load(capsys.readouterr().out.split("of a recipe:")[1])
+    assert pasted["data"].items() >= {"source": str(odd), "form": "text", "fields": {"text": "b, c"}, "split": "by_hash"}.items()
+    assert (pasted["data"]["learn_after"], pasted["data"]["learn_until"]) == (["A:"], ["Q: "])
+    assert pasted["chat"] == {"format": "text"}

@@ -316,3 +316,9 @@ def test_what_to_train_and_where_to_run_share_no_key() -> None:
     mine = {part for key in CURVE + FREE for part in key.split(".")}
     for path in files:
         assert not names(yaml.safe_load(path.read_text())) & mine, path.name
+
+
+@pytest.mark.parametrize("value", ["[]", "''", "['']"])
+def test_a_source_that_names_nothing_is_refused(minimal, value: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.source.*: (value|string) should have at least 1"):
+        load(minimal, [f"data.source={value}"])

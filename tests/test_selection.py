@@ -274,7 +274,7 @@ def test_sets_of_several_forms_are_mixed_each_by_its_own_rules(tmp_path, recipe)
     with selected(values) as selection:
         counts = {one.name.rpartition("/")[2]: (one.form, one.unit, one.read, dict(one.dropped)) for one in selection.sets}
         train, total = list(selection.splits["train"]), selection.num_read
-        assert selection.unit == "rows"
+        assert selection.unit == "messages and rows"
         manifest, _ = prepare(values, selection)
     assert counts == {
         OASST1.name: ("oasst", "messages", counts[OASST1.name][2], {"parent missing": 3}),
@@ -359,6 +359,19 @@ def test_conversations_are_weighted_by_the_mean_length_of_what_is_learnt(tmp_pat
     assert numbers(taken(recipe(one))[0]["train"]) == {2: 2, 3: 2, 4: 1, 9: 2}
     one["replies"] = {"weights": [*weights, {"weight": 3}]}
     assert numbers(taken(recipe(one | {"weight": 2}))[0]["train"]) == {2: 4, 3: 4, 4: 6, 9: 4}
+
+
+def test_texts_that_begin_with_the_same_marker_do_not_hold_each_other_out_and_those_of_one_question_stay_together(tmp_path, recipe):
+    poems = lines(tmp_path / "a.jsonl", [{"text": f"<poem>number {i}"} for i in range(60)])
+    keys = {"split": "by_hash", "learn_after": "<poem>"}
+    found, counts, _ = taken(recipe({"source": poems, **keys}, format="text", dev_share=0.1))
+    assert sum(map(len, found.values())) == 60
+    assert all(found[split] for split in SPLITS)
+    asked = lines(tmp_path / "b.jsonl", [{"text": f"question {i % 20} A: answer {i}"} for i in range(200)])
+    found, counts, _ = taken(recipe({"source": asked, "split": "by_hash", "learn_after": "A:"}, format="text", dev_share=0.1))
+    questions = {split: {c.turns[0].content for c in found[split]} for split in SPLITS}
+    assert sum(map(len, questions.values())) == len(set().union(*questions.values())) == 20
+    assert counts["train"].same_question == counts["dev"].same_question == 0
 
 
 # --- what does not go together

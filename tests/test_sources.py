@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_suite import chats, oasst1, sources
-from qlora_suite.recipe import Data
+from qlora_suite.recipe import Data, Source
 from qlora_suite.sources import BadRow, Row
 
 ASSET = Path(__file__).parents[1] / "assets" / "oasst1_en_validation.jsonl.gz"
@@ -490,3 +490,23 @@ def test_missing_and_empty_sources_are_named(tmp_path):
     for name, content in (("empty.jsonl", b""), ("blank.jsonl", b" \n\n"), ("empty.json", b"[\n]"), ("nothing.json", b"")):
         with pytest.raises(ValueError, match=rf"{name} holds no rows"):
             list(sources.read(written(tmp_path / name, content)))
+
+
+def test_files_of_one_name_in_both_splits_are_told_apart(tmp_path):
+    train, held_out = (jsonl(tmp_path / place / "chats.jsonl", ROWS[:1]) for place in ("a", "b"))
+    found = sources.load(Source(source=train, validation_source=held_out))
+    assert [str(row.place) for split in found.values() for row in split] == ["a/chats.jsonl line 1", "b/chats.jsonl line 1"]
+
+
+def test_one_object_over_several_lines_is_said_to_be_no_list(tmp_path):
+    path = written(tmp_path / "a.json", json.dumps({"data": ROWS}, indent=1).encode())
+    with pytest.raises(ValueError, match=r"a\.json is one JSON object over several lines; wanted is a list of rows, or a row a line"):
+        read(path)
+
+
+@pytest.mark.parametrize(("kind", "value"), [(pa.timestamp("us"), 2**62), (pa.date32(), 2**30)])
+def test_a_date_beyond_all_dates_is_one_sentence(tmp_path, kind, value):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x"], "when": pa.array([value], pa.int64() if value > 2**40 else pa.int32()).cast(kind)}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read after row 0.*; repair the file"):
+        read(str(path))

@@ -160,14 +160,14 @@ class Renderer:
                 inside = [i for i, (done, after) in enumerate(spans) if begin <= done < end and after <= end]
                 if inside or not ids:
                     first, last = (inside[0], inside[-1] + 1) if inside else (0, 0)
-                    supervised[first:last] = [True] * (last - first)
+                    supervised[first:last] = [turn.learn or learn_all] * (last - first)
                     ends = _byte_ends(turn.content, [after - begin for after in char_ends[first:last]])
-                    rendered.append(RenderedTurn(index, first + 1, last + 1, ends, learn=True))  # the start token stands in front
+                    rendered.append(RenderedTurn(index, first + 1, last + 1, ends, turn.learn))  # the start token stands in front
             begin = end
         ids, supervised = [self.start, *ids], [False, *supervised]
         if not opened:
             ids.append(self.eos)
-            supervised.append(learn_all or turns[-1].role == "assistant")
+            supervised.append(learn_all or (turns[-1].role == "assistant" and turns[-1].learn))
         return Rendered(ids, supervised, rendered)
 
     def _finished(self, parts: "_Parts", rendered: list[RenderedTurn], turns: Sequence[Turn], num_moved: int) -> Rendered:

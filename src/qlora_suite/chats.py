@@ -89,8 +89,9 @@ def recognise(rows: Sequence[Row | BadRow], source: Source) -> Form:
 def conversation_of(row: Row, form: Form, source: Source) -> Conversation | BadRow:
     """What a row says, in turns, or why it cannot be used.
 
-    The key is the row's place, so that it leads back to it. The group is a hash of the first question (of the whole text, without
-    questions), so that several answers to one prompt, or one chat written out turn by turn, stay on one side of a split.
+    The key is the row's place, so that it leads back to it. The group is a hash of the first question (of a plain text: of what stands
+    in front of the first thing learnt; without any, of everything), so that several answers to one prompt, or one chat written out
+    turn by turn, stay on one side of a split.
     """
     try:
         get = _Values(row.values, dict(source.fields))
@@ -100,7 +101,7 @@ def conversation_of(row: Row, form: Form, source: Source) -> Conversation | BadR
             turns = _READERS[form](get, _Reading(source))
     except _Bad as bad:
         return BadRow(row.place, bad.reason, bad.key, shown(bad.value) if bad.key else "")
-    first = next((t.content for t in turns if t.role == "user"), None) if form != "text" else None
+    first = next((t.content for t in turns if t.role == "user"), None) if form != "text" else _text_question(turns, source)
     key = f"{row.place.file}:{row.place.number}"
     return Conversation(key=key, ids=(key,), group=_group(first or "".join(t.content for t in turns)), turns=turns)
 
@@ -135,12 +136,14 @@ class _Reading:
 
     source: Source
 
-    def turns(self, messages: Any, key: str, names: tuple[str, str], context: bool = False) -> list[Turn]:
-        """Messages as turns; `names` are the keys of role and content. `context`: nothing of it is learnt."""
+    def turns(self, messages: Any, key: str, names: tuple[str, str], context: bool = False, may_be_text: bool = False) -> list[Turn]:
+        """Messages as turns; `names` are the keys of role and content. `context`: nothing of it is learnt. `may_be_text`: so says the
+        error, to whom a text would have been as good.
+        """
         fields, roles = dict(self.source.fields), ROLES | dict(self.source.roles)
         role_key, content_key = (fields.get(name, name) for name in names)
         if not isinstance(messages, list):
-            raise _Bad("no list of messages", key, messages)
+            raise _Bad("no text and no list of messages" if may_be_text else "no list of messages", key, messages)
         turns = []
         for message in messages:
             if not isinstance(message, dict):
@@ -250,8 +253,10 @@ def _prompt(get: _Values, reading: _Reading) -> tuple[Turn, ...]:
     if completion is None:
         completion = get("response")
     names = ("role", "content")
-    before = [Turn("user", prompt)] if isinstance(prompt, str) else reading.turns(prompt, "prompt", names, context=True)
-    after = [Turn("assistant", completion)] if isinstance(completion, str) else reading.turns(completion, "completion", names)
+    before = [Turn("user", prompt)] if isinstance(prompt, str) else reading.turns(prompt, "prompt", names, context=True, may_be_text=True)
+    after = (
+        [Turn("assistant", completion)] if isinstance(completion, str) else reading.turns(completion, "completion", names, may_be_text=True)
+    )
     return reading.finished([*before, *after], get("system"))
 
 
@@ -259,6 +264,13 @@ _READERS = {"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "pr
 
 
 # --- plain text
+
+
+def _text_question(turns: Sequence[Turn], source: Source) -> str | None:
+    """What stands in front of the first learnt part, without the marker. None if that is nothing."""
+    first = turns[0].content if turns[0].role == "user" else ""
+    marker = max((m for m in source.learn_after if first.endswith(m)), key=len, default="")
+    return first.removesuffix(marker).strip() or None
 
 
 def _text_turns(text: Any, source: Source) -> tuple[Turn, ...]:

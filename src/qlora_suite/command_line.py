@@ -30,9 +30,9 @@ def parser_for(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def with_clear_errors(run: Callable[[], None], debug: bool) -> None:
+def with_clear_errors(run: Callable[[], None], debug: bool, interrupted: str = "the same command goes on from the last checkpoint") -> None:
     """Call `run`. A person's mistake (ValueError) or the machine's refusal (OSError: disk full, not allowed) goes to stderr in a
-    sentence, and the exit code is 2; with --debug the traceback is shown.
+    sentence, and the exit code is 2; with --debug the traceback is shown. `interrupted`: what Ctrl-C has left.
     """
     quiet_libraries()
     try:
@@ -46,7 +46,7 @@ def with_clear_errors(run: Callable[[], None], debug: bool) -> None:
         sys.stderr.write(f"error: {error} (--debug shows where)\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
+        sys.stderr.write(f"interrupted; {interrupted}\n")
         sys.exit(130)
 
 

@@ -25,8 +25,11 @@ from qlora_suite.recipe import Recipe
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-BASE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model")
-"""Files of a local base that decide the ids: the vocabulary, the control tokens and how many embedding rows are spare."""
+BASE_FILES = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json"),
+)
+"""Files of a local base that decide the ids: the vocabulary, the control tokens, the template, how many embedding rows are spare."""
 
 ROWS = pa.schema(
     [
@@ -199,17 +202,30 @@ def recipe_part(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first part of a value that differs: its name, and what it was and is. data.sets are long, and one key of them is news."""
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        parts = [(str(i), *pair) for i, pair in enumerate(zip(then, now, strict=True))]
+    elif isinstance(then, dict) and isinstance(now, dict):
+        parts = [(key, then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys())]
+    else:
+        return name, then, now
+    key, before, after = next(part for part in parts if part[1] != part[2])
+    return _difference(f"{name}.{key}", before, after)
+
+
 def source_hashes(recipe: Recipe) -> dict[str, str]:
     """sha256 of every local file that the recipe's rows are made from: the data, and the tokenizer and config of the base.
 
     A hub id has none: its revision stands in the manifest.
     """
-    files = [f for name in _source_names(recipe) for f in ([Path(name)] if Path(name).is_file() else sorted(Path(name).rglob("*")))]
+    files = [f for name in source_names(recipe) for f in ([Path(name)] if Path(name).is_file() else sorted(Path(name).rglob("*")))]
     files += [f for f in sorted(Path(recipe.model.base).glob("*")) if f.name in BASE_FILES]
     return {str(f): sha256(f) for f in files if f.is_file()}
 
 
-def _source_names(recipe: Recipe) -> list[str]:
+def source_names(recipe: Recipe) -> list[str]:
+    """Every file, folder and hub id that the recipe names as data."""
     sources = [names for one in recipe.data.each for names in (one.source, one.validation_source)]
     return [name for s in sources if s is not None for name in ([s] if isinstance(s, str) else s)]
 
@@ -248,14 +264,14 @@ def staleness(manifest: Mapping[str, Any], recipe: Recipe) -> str | None:
             if key not in then.get(section, {}):
                 return f"it was written before {section}.{key} existed"
             if then[section][key] != now[section][key]:
-                return f"{section}.{key} was {then[section][key]!r} and is now {now[section][key]!r}"
+                return "{} was {!r} and is now {!r}".format(*_difference(f"{section}.{key}", then[section][key], now[section][key]))
     current = source_hashes(recipe)
     for name, digest in current.items():
         if manifest["sources"].get(name) != digest:
             return f"{name} has changed"
     for name in manifest["sources"]:
         # Raw data may be gone as a whole (a compute node needs the rows alone), but not a part of it.
-        if name not in current and any(Path(folder).is_dir() and Path(name).is_relative_to(folder) for folder in _source_names(recipe)):
+        if name not in current and any(Path(folder).is_dir() and Path(name).is_relative_to(folder) for folder in source_names(recipe)):
             return f"{name} is gone"
     return None
 

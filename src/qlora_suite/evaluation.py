@@ -183,7 +183,10 @@ def _pieces(renderer: Renderer, found: Sequence[Excerpt], window: int) -> list[t
     pieces = []
     for i, excerpt in enumerate(found):
         rendered = renderer.render(excerpt.conversation)
-        parts = shorten(rendered, window, "split").pieces if renderer.is_plain_text else [rendered]
+        if renderer.is_plain_text:
+            parts = shorten(rendered, window, "split").pieces
+        else:  # without what a template writes behind the last end token, a newline: nothing of it is scored, and it may not fit
+            parts = [rendered.first(rendered.turns[-1].end + 1)]
         assert all(len(part.ids) <= window for part in parts), f"{excerpt.conversation.key} does not fit into {window} tokens"
         pieces += [(i, part) for part in parts]
     return pieces

@@ -1,9 +1,12 @@
 """Files that are either wholly there or not there: write aside, flush, rename; and their hashes."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,28 @@ def written_aside(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def folder_aside(folder: Path, ending: str) -> Path:
+    """A new hidden folder beside `folder`, of this process alone. Those of this machine's processes that were killed are removed."""
+    of_here = f".{folder.name}.{platform.node()}-"
+    for left in folder.parent.glob(f"{glob.escape(of_here)}*.{ending}"):
+        pid = left.name.removeprefix(of_here).partition(".")[0]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f"{of_here}{os.getpid()}.{ending}")
+    aside.mkdir(parents=True)
+    return aside
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

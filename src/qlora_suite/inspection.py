@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import yaml
 
 from qlora_suite import chats, oasst1, sources
 from qlora_suite.chat import Renderer
@@ -70,16 +71,11 @@ class Inspection:
 
     def recipe_lines(self, source: Source) -> str:
         """What to paste into a recipe."""
-        lines = ["data:", f"  source: {self.file}", "  split: by_hash        # a fifth is held out for scripts/evaluate.py"]
-        lines += [f"  policy: {self.policy}"] if self.policy else [f"  form: {self.form}"]
-        for key in ("fields", "roles"):
-            if pairs := getattr(source, key):
-                lines.append(f"  {key}: {{{', '.join(f'{a}: {b}' for a, b in pairs)}}}")
-        for key in ("same_role", "tool_turns"):
-            if (value := getattr(source, key)) != Source.model_fields[key].default:
-                lines.append(f"  {key}: {value}")
-        lines += [f"  max_length: {self.max_length}", "chat:", f"  format: {self.chat.format}"]
-        return "\n".join(lines)
+        data = {"source": self.file, "split": "by_hash"} | ({"policy": self.policy} if self.policy else {"form": self.form})
+        values = source.model_dump(mode="json", include=set(HOW_ROWS_ARE_READ) - {"form"}, exclude_defaults=True)
+        sections = {"data": {**data, **values, "max_length": self.max_length}, "chat": {"format": self.chat.format}}
+        lines = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=1000)
+        return lines.replace("split: by_hash\n", "split: by_hash        # a fifth is held out for scripts/evaluate.py\n").rstrip()
 
 
 def inspect(recipe: Recipe, file: str, progress: Progress) -> Inspection:

@@ -34,7 +34,7 @@ from qlora_suite.rendered import Rendered, RenderedTurn
 from qlora_suite.template_source import BOUNDARY, arguments, chatml, fixed_date, is_chatml, placing
 from qlora_suite.text_encoder import TextEncoder
 
-_WAYS_TO_FAIL = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+WAYS_TO_FAIL = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 """What a template raises, or what it does to the messages raises."""
 
 
@@ -300,7 +300,7 @@ class ModelTemplate:
         try:
             # As a batch of one, for a prompt of no message at all is none to apply_chat_template, but a start to some templates.
             return apply([messages], chat_template=self._source, tokenize=False, add_generation_prompt=prompt)[0]
-        except _WAYS_TO_FAIL as error:
+        except WAYS_TO_FAIL as error:
             raise ValueError(f"{self.name} refuses the conversation: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 

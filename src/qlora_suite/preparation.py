@@ -1,8 +1,8 @@
 """Conversations -> token ids -> packed rows on disk, with every conversation and token accounted for."""
 
+import contextlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -15,8 +15,9 @@ from qlora_suite import dataset, sources
 from qlora_suite.chat import Renderer
 from qlora_suite.chat_templates import jinja
 from qlora_suite.conversations import Conversation
-from qlora_suite.files import file_table, hash_of, write_json
+from qlora_suite.files import file_table, folder_aside, hash_of, write_json
 from qlora_suite.model import load_config, load_tokenizer
+from qlora_suite.model_template import WAYS_TO_FAIL
 from qlora_suite.packing import pack
 from qlora_suite.parallel import in_order
 from qlora_suite.recipe import Data, Recipe
@@ -29,10 +30,10 @@ TEMPLATE_SAMPLE = 200
 """Conversations on which the Jinja template is compared with our own ids."""
 
 
-def trimmed(conversations: Iterable[Conversation], counts: Counts) -> Iterator[Conversation]:
-    """Conversations that end on an answer and have something to learn."""
+def trimmed(conversations: Iterable[Conversation], counts: Counts, is_text: bool) -> Iterator[Conversation]:
+    """Conversations that end on an answer and have something to learn. A plain text is left whole: its end is the text's end."""
     for conversation in conversations:
-        kept = conversation.without_open_end()
+        kept = conversation if is_text else conversation.without_open_end()
         if kept is None:
             counts.unanswered += 1
             continue
@@ -157,7 +158,8 @@ def template_agreement(conversations: Iterable[Conversation], renderer: Renderer
             continue
         messages = [{"role": t.role, "content": t.content} for t in conversation.turns]
         checked += 1
-        agreed += tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) == ids
+        with contextlib.suppress(*WAYS_TO_FAIL):  # the base's template may refuse what we wrote with an empty question in front
+            agreed += tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) == ids
     return {"checked": checked, "agreed": agreed}
 
 
@@ -177,17 +179,16 @@ def prepare(
         tokenizer.chat_template = jinja(tokenizer, recipe.chat, markers)
 
     tokeniser = Tokeniser(renderer, recipe.data)
+    check_replaceable(recipe)
     folder = Path(recipe.data.prepared)
-    check_replaceable(folder)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
+    aside = folder_aside(folder, "tmp")
     counts, bad_rows, example = selection.counts, selection.bad_rows, None
     try:
         for split in ("train", "dev"):
-            kept = trimmed(selection.splits[split], counts[split])
+            kept = trimmed(selection.splits[split], counts[split], renderer.is_plain_text)
             kept = progress(kept, f"tokenising {split}", len(selection.splits[split]))
-            results = in_order(tokeniser, kept, len(selection.splits[split]), num_workers)
-            with dataset.Pieces(aside / "pieces.arrow") as pieces:
+            workers = contextlib.closing(in_order(tokeniser, kept, len(selection.splits[split]), num_workers))
+            with workers as results, dataset.Pieces(aside / "pieces.arrow") as pieces:
                 for key, piece in counted(results, counts[split], bad_rows, strict):
                     pieces.add(key, piece.ids, piece.supervised)
                     if split == "train" and (example is None or _distance(piece) < _distance(example)):
@@ -197,12 +198,12 @@ def prepare(
                 write_rows(aside / f"{split}.arrow", pieces, recipe.data, counts[split])
         agreement = None
         if recipe.chat.format != "text":
-            sample = itertools.islice(trimmed(selection.splits["train"], Counts()), TEMPLATE_SAMPLE)
+            sample = itertools.islice(trimmed(selection.splits["train"], Counts(), is_text=False), TEMPLATE_SAMPLE)
             agreement = template_agreement(sample, renderer)
-        held_out = trimmed(selection.splits["validation"], counts["validation"])
+        held_out = trimmed(selection.splits["validation"], counts["validation"], renderer.is_plain_text)
         held_out = progress(held_out, "checking validation", len(selection.splits["validation"]))
-        results = in_order(tokeniser, held_out, len(selection.splits["validation"]), num_workers)
-        with dataset.TableWriter(aside / "validation.arrow", dataset.CONVERSATIONS) as table:
+        workers = contextlib.closing(in_order(tokeniser, held_out, len(selection.splits["validation"]), num_workers))
+        with workers as results, dataset.TableWriter(aside / "validation.arrow", dataset.CONVERSATIONS) as table:
             for one in written(results, counts["validation"], bad_rows, strict):
                 counts["validation"].kept += 1
                 table.add(dataset.conversation_record(one.conversation))
@@ -232,8 +233,14 @@ def prepare(
     return manifest, (renderer, example)
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raises ValueError if the folder holds something else than prepared data."""
+def check_replaceable(recipe: Recipe) -> None:
+    """Raises ValueError if data.prepared holds something else than prepared data, or lies among the raw data."""
+    folder = Path(recipe.data.prepared)
+    for name in dataset.source_names(recipe):
+        if Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
+            raise ValueError(
+                f"data.prepared: {folder} lies in {name}, so its files would be read as data the next time; name a folder outside"
+            )
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / dataset.MANIFEST).is_file()):
         raise ValueError(f"data.prepared: {folder} holds something else, which would be overwritten; remove it or name a folder of its own")
 

@@ -6,12 +6,15 @@ Keys are of two kinds. A *curve* key changes what is learnt, so a run refuses to
 key (marked `free(...)` below) changes only speed, memory, what is saved and what is shown.
 """
 
+import re
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1)]
 Marker = Annotated[str, Field(min_length=1)]
 Markers = Annotated[tuple[Marker, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -105,11 +108,11 @@ class Replies(Section):
 class Source(Section):
     """One data set: where it is, what its rows look like, and how much of it is taken."""
 
-    source: str | tuple[str, ...] | None = None
+    source: Name | tuple[Name, ...] | None = Field(None, min_length=1)
     """A hub id, or files and folders of JSON, JSONL, JSONL.gz or Parquet."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; the commit that was read stands in the manifest."""
-    validation_source: str | tuple[str, ...] | None = None
+    validation_source: Name | tuple[Name, ...] | None = Field(None, min_length=1)
     """With `split: published`: local files that hold the validation split."""
     split: Literal["published", "by_hash", "all"] = "published"
     """`published`: the hub's own train and validation. `by_hash`: cut one source by a hash of the tree's id, or of the first
@@ -125,7 +128,8 @@ class Source(Section):
     same_role: Literal["merge", "keep", "skip"] = "merge"
     """Turns of one role behind each other: made one, with a blank line between; left as they are; or the row is skipped."""
     tool_turns: Literal["skip", "drop", "keep"] = "skip"
-    """Rows in which tools are called: skipped; learnt without the calls and what the tools said; or kept (`chat.format: model`)."""
+    """Rows in which tools are called: skipped; learnt without the calls and what the tools said; or kept, where the calls are text
+    (`chat.format: model`)."""
     learn_after: Markers = ()
     """Plain text: learn only what stands behind one of these markers (and before the next of either list)."""
     learn_until: Markers = ()
@@ -410,28 +414,28 @@ class Recipe(Section):
 
 
 def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """{"optim.learning_rate": 0.001, ...}; a section set to null or a word stands under its own name."""
-    out: dict[str, Any] = {}
-    for key in type(recipe).model_fields:
-        value = getattr(recipe, key)
-        out.update(flatten(value, f"{prefix}{key}.") if isinstance(value, BaseModel) else {prefix + key: _plain(value)})
-    return out
+    """{"optim.learning_rate": 0.001, "data.sets.0.weight": 1.0, ...}; a section set to null or a word stands under its own name."""
+    return {name: v for key in type(recipe).model_fields for name, v in _flat(prefix + key, getattr(recipe, key), flatten).items()}
 
 
 def curve_keys(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:
     """The flattened keys that change what is learnt."""
     out: dict[str, Any] = {}
     for key, field in type(recipe).model_fields.items():
-        value = getattr(recipe, key)
-        if isinstance(value, BaseModel):
-            out.update(curve_keys(value, f"{prefix}{key}."))
-        elif not (field.json_schema_extra or {}).get("free") and prefix + key not in ("data.prepared", "output.dir"):
-            out[prefix + key] = _plain(value)
+        if not (field.json_schema_extra or {}).get("free") and prefix + key not in ("data.prepared", "output.dir"):
+            out.update(_flat(prefix + key, getattr(recipe, key), curve_keys))
     return out
 
 
-def _plain(value: Any) -> Any:
-    """A list of sections as their flattened keys; anything else as it is."""
-    if isinstance(value, tuple) and any(isinstance(part, BaseModel) for part in value):
-        return tuple(tuple(flatten(part).items()) for part in value)
-    return value
+def names_files(key: str) -> bool:
+    """Is it a curve key that only names files? Their contents are compared by hash, so that a folder may be moved."""
+    return re.fullmatch(r"data\.(sets\.\d+\.)?(source|validation_source)|model\.(base|revision)", key) is not None
+
+
+def _flat(name: str, value: Any, flat: Callable[[BaseModel, str], dict[str, Any]]) -> dict[str, Any]:
+    """One key as one, or a section (or a list of sections) as many."""
+    if isinstance(value, BaseModel):
+        return flat(value, f"{name}.")
+    if isinstance(value, tuple) and value and all(isinstance(part, BaseModel) for part in value):
+        return {inner: v for i, part in enumerate(value) for inner, v in flat(part, f"{name}.{i}.").items()}
+    return {name: value}

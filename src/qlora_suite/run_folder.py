@@ -34,15 +34,11 @@ from qlora_suite.model import base_fingerprint, load_config, versions
 from qlora_suite.preemption import StopRequest
 from qlora_suite.prequantized import record_of, source_of
 from qlora_suite.ranks import gathered, together
-from qlora_suite.recipe import Recipe, curve_keys, flatten
+from qlora_suite.recipe import Recipe, curve_keys, flatten, names_files
 from qlora_suite.recipe_file import to_yaml
 from qlora_suite.remarks import remarks
 from qlora_suite.tracking import Journal, Status, say, start_trackers, sync_command
 from qlora_suite.watchdog import explain_lost_peers
-
-SAME_FILES = ("data.source", "data.validation_source", "model.base", "model.revision")
-"""Curve keys that only name files: their contents are compared by hash, so that a folder may be moved."""
-
 
 ON_REQUEST = "on a request to stop"
 SEEN_WITHIN_SECONDS = 60.0
@@ -57,7 +53,7 @@ def prepared_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What must not change between two starts of one run."""
-    keys = {key: value for key, value in curve_keys(recipe).items() if key not in SAME_FILES}
+    keys = {key: value for key, value in curve_keys(recipe).items() if not names_files(key)}
     everything = {**keys, "data (hash of rows and tokenizer)": data_hash(manifest), BASE: base_fingerprint(recipe.model)}
     return json.loads(json.dumps(everything))  # tuples as lists, as they come back from a file
 

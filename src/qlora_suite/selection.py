@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,7 @@ import pyarrow as pa
 
 from qlora_suite import chats, dataset, oasst1, sources
 from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.files import folder_aside
 from qlora_suite.recipe import Filters, Form, Recipe, Replies, Source
 from qlora_suite.sources import BadRow, Row
 
@@ -159,7 +159,7 @@ class Selection:
 
     @property
     def unit(self) -> str:
-        return "messages" if all(one.unit == "messages" for one in self.sets) else "rows"
+        return " and ".join(dict.fromkeys(one.unit for one in self.sets))
 
     @property
     def dropped(self) -> Counter[str]:
@@ -174,9 +174,7 @@ def selected(recipe: Recipe, progress: Progress = quiet, strict: bool = False) -
     Raises ValueError if the data cannot be read, the policy does not fit it, or a tree stands in two splits; with `strict` also for
     the first bad row.
     """
-    prepared = Path(recipe.data.prepared)
-    folder = prepared.with_name(f".{prepared.name}.{os.getpid()}.selected.tmp")
-    folder.mkdir(parents=True)
+    folder = folder_aside(Path(recipe.data.prepared), "selected.tmp")
     try:
         yield _select(recipe, folder, progress, strict)
     finally:
@@ -309,11 +307,18 @@ def _write(conversation: Conversation, number: int, source: Source, table: datas
             "set": number,
             "is_tree": selection.sets[-1].form == "oasst",
             "group_hash": _hash(conversation.group),
-            "question_hash": _hash(next((turn.content for turn in conversation.turns if turn.role == "user"), conversation.group)),
+            "question_hash": _hash(_question(conversation, selection.sets[-1].form)),
             "content_hash": _hash("\0".join(f"{turn.role}\0{turn.content}" for turn in conversation.turns)),
             "weight": source.weight * _weight(conversation, source.replies),
         }
     )
+
+
+def _question(conversation: Conversation, form: Form) -> str:
+    """What the conversation begins with; of a plain text that is what its group was made of."""
+    if form == "text":
+        return conversation.group
+    return next((turn.content for turn in conversation.turns if turn.role == "user"), conversation.group)
 
 
 def _hash(text: str) -> int:

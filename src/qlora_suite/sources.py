@@ -92,8 +92,12 @@ def load(source: Source, prefix: str = "") -> dict[str, Iterator[Row | BadRow]]:
     if source.split != "published":
         return {"all": read(names, revision=source.revision, prefix=prefix)}
     if source.validation_source is not None:
-        validation = read(source.validation_source, "validation", prefix=prefix)
-        return {"train": read(names, "train", source.revision, prefix), "validation": validation}
+        train, validation = _places(names, "train"), _places(_names(source.validation_source), "validation")
+        label_of = _labelled([*train, *validation], prefix)  # together, so that no two files of a data set have one name
+        return {
+            "train": _read(train, "train", source.revision, prefix, label_of),
+            "validation": _read(validation, "validation", None, prefix, label_of),
+        }
     for name in names:
         path = Path(name)
         if path.is_file() or (path.is_dir() and not any(_is_of(p, "validation") for p in _files(path))):
@@ -114,8 +118,14 @@ def read(
 
     Raises ValueError for what is missing (at once), and for what is damaged or empty (when it comes to it).
     """
+    places = _places(_names(source), split)
+    return _read(places, split, revision, prefix, _labelled(places, prefix))
+
+
+def _places(names: tuple[str, ...], split: Split | None) -> list[tuple[str, list[Path]]]:
+    """Each name with its files; a hub id has none."""
     places: list[tuple[str, list[Path]]] = []
-    for name in _names(source):
+    for name in names:
         path = Path(name)
         if path.is_dir():
             places.append((name, _split_files(path, split)))
@@ -125,12 +135,17 @@ def read(
             places.append((name, []))
         else:
             raise ValueError(f"there is no file or folder {name} (working folder: {Path.cwd()}); correct data.source")
-    return _read(places, split, revision, prefix)
+    return places
 
 
-def _read(places: list[tuple[str, list[Path]]], split: Split | None, revision: str | None, prefix: str) -> Iterator[Row | BadRow]:
-    files = [file for _, found in places for file in found]
-    label_of = {file: prefix + label for file, label in zip(files, labels(files), strict=True)}
+def _labelled(places: list[tuple[str, list[Path]]], prefix: str) -> dict[Path, str]:
+    files = list(dict.fromkeys(file for _, found in places for file in found))
+    return {file: prefix + label for file, label in zip(files, labels(files), strict=True)}
+
+
+def _read(
+    places: list[tuple[str, list[Path]]], split: Split | None, revision: str | None, prefix: str, label_of: dict[Path, str]
+) -> Iterator[Row | BadRow]:
     for name, found in places:
         empty = True
         streams = (_read_file(file, label_of[file]) for file in found) if found else (_read_hub(name, split or "train", revision, prefix),)
@@ -247,6 +262,11 @@ def _read_lines(path: Path, label: str) -> Iterator[Row | BadRow]:
         with _opened(path) as lines:
             for number, line in enumerate(lines, 1):
                 row = _parse(line, Place(label, number))
+                if number == 1 and isinstance(row, BadRow) and line.strip() == b"{":
+                    raise ValueError(
+                        f"{path} is one JSON object over several lines; wanted is a list of rows, or a row a line: "
+                        "write the list that it holds into a file of its own"
+                    )
                 if row is not None:
                     yield row
     except (OSError, EOFError, zlib.error) as error:
@@ -344,7 +364,7 @@ def _read_parquet(path: Path, label: str) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(Place(label, number, "row"), row)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # e.g. no text where text should be, a date beyond all dates
         raise _cannot_read(path, number, "row", error) from None
 
 
