@@ -30,7 +30,7 @@ TEMPLATE_SAMPLE = 200
 """Conversations on which the Jinja template is compared with our own ids."""
 
 
-def trimmed(conversations: Iterable[Conversation], counts: Counts, is_text: bool) -> Iterator[Conversation]:
+def trimmed(conversations: Iterable[Conversation], counts: Counts, is_text: bool = False) -> Iterator[Conversation]:
     """Conversations that end on an answer and have something to learn. A plain text is left whole: its end is the text's end."""
     for conversation in conversations:
         kept = conversation if is_text else conversation.without_open_end()
@@ -198,7 +198,7 @@ def prepare(
                 write_rows(aside / f"{split}.arrow", pieces, recipe.data, counts[split])
         agreement = None
         if recipe.chat.format != "text":
-            sample = itertools.islice(trimmed(selection.splits["train"], Counts(), is_text=False), TEMPLATE_SAMPLE)
+            sample = itertools.islice(trimmed(selection.splits["train"], Counts()), TEMPLATE_SAMPLE)
             agreement = template_agreement(sample, renderer)
         held_out = trimmed(selection.splits["validation"], counts["validation"], renderer.is_plain_text)
         held_out = progress(held_out, "checking validation", len(selection.splits["validation"]))
