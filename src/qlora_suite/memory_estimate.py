@@ -28,7 +28,7 @@ from qlora_suite.adapter import IN_A_LAYER
 from qlora_suite.batches import Limit
 from qlora_suite.engine import autocast
 from qlora_suite.loss import Batch, forward
-from qlora_suite.micro_batch import HEADROOM, candidates, set_checkpointing
+from qlora_suite.micro_batch import CPU_TOKENS, HEADROOM, candidates, set_checkpointing
 from qlora_suite.module_table import Skeleton, Stored
 from qlora_suite.recipe import Train
 
@@ -138,7 +138,7 @@ def _base(skeleton: Skeleton, shards: int) -> list[Component]:
         words = f"{count:,} x {8 * size / count:.3f} bit" if how in ("nf4", "int8") else f"{count:,} x {size // count} B"
         if how not in ("nf4", "int8"):
             size += skeleton.buffers if len(found) == len(by_kind) - 1 else 0
-        note = " (scales included)" if how in ("nf4", "int8") else ""
+        note = ", with scales" if how in ("nf4", "int8") else ""
         found.append(Component(name, _share(size, shards), words + note + _over(shards)))
     return found
 
@@ -355,12 +355,15 @@ def _computing_in(dtype: torch.dtype, cuda: bool) -> Iterator[None]:
 # ---- both together ------------------------------------------------------------------------------------------------------------------
 
 
-def estimate(skeleton: Skeleton, stored_parts: Sequence[Component], step: Step, limit: Limit, checkpointing: bool) -> Estimate:
-    """The peak of a step with this much at once."""
-    what = "layers' inputs" if checkpointing else "what the layers keep"
+def estimate(vocabulary: int, stored_parts: Sequence[Component], step: Step, limit: Limit, checkpointing: bool) -> Estimate:
+    """The peak of a step with this much at once, over a vocabulary of this size."""
+    what = "checkpointing on" if checkpointing else "kept for backward"
     top = "logits and loss" if step.loss >= step.backward else ("recomputing a layer" if checkpointing else "backward pass of a layer")
-    vocabulary = skeleton.base.config.get_text_config().vocab_size
-    how = f"{limit.tokens:,} tokens x {vocabulary:,} x {step.loss / limit.tokens / vocabulary:.1f} B" if top == "logits and loss" else "traced"
+    how = (
+        f"{limit.tokens:,} tokens x {vocabulary:,} x {step.loss / limit.tokens / vocabulary:.1f} B"
+        if top == "logits and loss"
+        else "traced"
+    )
     passing = (
         Component("activations", step.activations, f"{limit.tokens:,} tokens x {step.activations / limit.tokens / 1024:,.0f} KiB ({what})"),
         Component(top, max(step.loss, step.backward), how),
@@ -374,29 +377,36 @@ def fits(estimate: Estimate, memory: int) -> bool:
 
 
 def suggested(
-    skeleton: Skeleton, stored_parts: Sequence[Component], train: Train, rows_per_rank: int, longest: int, memory: int | None
+    skeleton: Skeleton, stored_parts: Sequence[Component], train: Train, rows_per_rank: int, longest: int, memory: int | None, cpu: bool
 ) -> Estimate:
-    """The estimate of what train.py would choose on such a card (None: one row, no checkpointing), in the order in which it tries.
+    """The estimate of what train.py would choose on such a card, in the order in which it tries; of its smallest choice if nothing
+    fits or the card is not known. On a CPU it tries nothing, and nor does this.
 
-    If nothing fits, that of the smallest that it tries. Two steps are traced for each way of checkpointing: what they need grows by
-    the same amount with each row.
+    Two steps are traced for each way of checkpointing: what they need grows by the same amount with each row.
     """
+    vocabulary = skeleton.base.config.get_text_config().vocab_size
     auto = train.micro_batch == "auto"
     sizes = candidates(rows_per_rank) if auto else [train.micro_batch]
     modes = [False, True] if train.gradient_checkpointing == "auto" else [train.gradient_checkpointing]
-    if memory is None:
-        sizes = sizes[-1:]
-    last = None
+    if cpu:
+        sizes, modes = [min(rows_per_rank, max(1, CPU_TOKENS // longest))] if auto else sizes, modes[:1]
+    elif memory is None:
+        sizes, modes = sizes[-1:], modes[-1:]
+    found = []
     for checkpointing in modes:
-        one = traced(skeleton, 1, longest, checkpointing, cuda=memory is not None)
-        two = traced(skeleton, 2, longest, checkpointing, cuda=memory is not None) if sizes[0] > 1 else one
+        steps = {1: traced(skeleton, 1, longest, checkpointing, not cpu)}
         for rows in sizes:
+            first = estimate(vocabulary, stored_parts, steps[1], Limit(rows, longest), checkpointing)
+            if rows > 1 and memory and not cpu and not fits(first, memory) and rows != sizes[-1]:
+                continue  # one row does not fit, so more would not
+            if rows > 1 and 2 not in steps:
+                steps[2] = traced(skeleton, 2, longest, checkpointing, not cpu)
+            step = _with_rows(steps[1], steps.get(2, steps[1]), rows)
             limit = Limit(rows_per_rank if auto else rows, rows * longest)
-            last = estimate(skeleton, stored_parts, _with_rows(one, two, rows), limit, checkpointing)
-            if memory is None or fits(last, memory):
-                return last
-    assert last is not None
-    return last
+            found.append(estimate(vocabulary, stored_parts, step, limit, checkpointing))
+            if cpu or memory is None or fits(found[-1], memory):
+                return found[-1]
+    return found[-1]
 
 
 def _with_rows(one: Step, two: Step, rows: int) -> Step:

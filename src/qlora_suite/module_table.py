@@ -1,7 +1,7 @@
 """A recipe's model without its weights: built on torch's meta device from the config alone, with the adapter on it, and counted.
 
-    skeleton = build(recipe, markers, torch.float16)      # seconds, no memory, no download beyond config.json
-    rows(skeleton)                                        # one line for each kind of module
+skeleton = build(recipe, markers, torch.float16)      # seconds, no memory, no download beyond config.json
+rows(skeleton)                                        # one line for each kind of module
 """
 
 import re
@@ -127,9 +127,7 @@ def rows(skeleton: Skeleton) -> list[Row]:
     for (pattern, shape, how), members in groups.items():
         all_of = [s for module, one in members for s in (one, *biases[module])]
         adapted = sum(adapter_sizes[module] for module, _ in members)
-        found.append(
-            Row(pattern, shape, len(members), how, adapted, sum(s.parameters for s in all_of), sum(s.bytes for s in all_of))
-        )
+        found.append(Row(pattern, shape, len(members), how, adapted, sum(s.parameters for s in all_of), sum(s.bytes for s in all_of)))
     return found
 
 
