@@ -131,15 +131,15 @@ def _base(skeleton: Skeleton, shards: int) -> list[Component]:
     by_kind: dict[str, list[Stored]] = {}
     for one in skeleton.weights:
         by_kind.setdefault(one.how, []).append(one)
-    found = []
+    found, buffers = [], skeleton.buffers
     for how, members in sorted(by_kind.items(), key=lambda pair: -sum(s.bytes for s in pair[1])):
         count, size = sum(s.parameters for s in members), sum(s.bytes for s in members)
-        name = "base, 4-bit" if how == "nf4" else "base, 8-bit" if how == "int8" else f"base, {how}"
-        words = f"{count:,} x {8 * size / count:.3f} bit" if how in ("nf4", "int8") else f"{count:,} x {size // count} B"
-        if how not in ("nf4", "int8"):
-            size += skeleton.buffers if len(found) == len(by_kind) - 1 else 0
-        note = ", with scales" if how in ("nf4", "int8") else ""
-        found.append(Component(name, _share(size, shards), words + note + _over(shards)))
+        if how in ("nf4", "int8"):
+            name, words = f"base, {4 if how == 'nf4' else 8}-bit", f"{count:,} x {8 * size / count:.3f} bit, with scales"
+        else:
+            name, words = f"base, {how}", f"{count:,} x {size // count} B"
+            size, buffers = size + buffers, 0  # rotary frequencies and the like: some hundred bytes
+        found.append(Component(name, _share(size, shards), words + _over(shards)))
     return found
 
 

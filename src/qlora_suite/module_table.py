@@ -50,7 +50,7 @@ class Skeleton:
     weights: tuple[Stored, ...]
     """Of the base, each once (a tied head is its embedding)."""
     buffers: int
-    """Bytes of what is no parameter, such as rotary frequencies."""
+    """Bytes of what is no parameter: rotary frequencies, and the rows that trained token rows stand for."""
     trained: dict[str, tuple[int, ...]]
     """Name -> shape of each trained parameter, all of them fp32."""
     dtype: torch.dtype
@@ -92,7 +92,6 @@ def build(recipe: Recipe, markers: Mapping[str, Any] | None, dtype: torch.dtype)
     quantized = _quantized_modules(base) if recipe.model.quantization != "none" else frozenset()
     in_fp32 = re.compile("|".join(base._get_dtype_plan(stored_in)) or r"(?!)")
     weights = tuple(_stored(name, p, recipe, quantized, in_fp32, stored_in) for name, p in base.named_parameters())
-    buffers = sum({b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in base.buffers()}.values())
     if everything:
         base.requires_grad_(True)
         net = base
@@ -102,6 +101,7 @@ def build(recipe: Recipe, markers: Mapping[str, Any] | None, dtype: torch.dtype)
         targets = recipe.chat.loss_on == "all" or bool((markers or {}).get("predicted"))
         # an initialisation that reads the base's weights changes no size
         net = add_adapter(base, recipe.adapter.model_copy(update={"init": "default"}), ids, targets)
+    buffers = sum({b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in net.buffers()}.values())
     trained = {name: tuple(p.shape) for name, p in net.named_parameters() if p.requires_grad}
     return Skeleton(net, base, weights, buffers, trained, dtype)
 
