@@ -17,7 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from qlora_suite import accelerate_config, adapter, checkpoint, compatibility, prequantized, run_folder
 from qlora_suite.batches import Order, check_division
@@ -205,13 +208,31 @@ def base_finding(recipe: Recipe, config: PreTrainedConfig) -> Finding:
     if not recipe.model.random_init:
         try:
             check_reachable(recipe.model)
-        except ValueError:
-            files = "model.safetensors, or its index with every part"
-            remedy = "copy them" if folder.is_dir() else f"on the login node: bash slurm/prefetch.sh {recipe.command_line}"
-            return Finding("fail", "base", f"the weights of {recipe.model.base} are not all here ({files})", remedy)
+            _check_weights_are_whole(recipe)
+        except ValueError as error:
+            remedy = "copy them again" if folder.is_dir() else f"on the login node: bash slurm/prefetch.sh {recipe.command_line}"
+            why = f": {error}" if str(error).startswith("model") else " (model.safetensors, or its index and every part)"
+            return Finding("fail", "base", f"the weights of {recipe.model.base} are not all here{why}", remedy)
     what = "config and tokenizer" if recipe.model.random_init else "config, tokenizer and weights"
     where = "in a folder here" if folder.is_dir() else "whole in the hub's cache"
     return Finding("ok", "base", f"{recipe.model.base}: {what} {where}; jobs need no network")
+
+
+def _check_weights_are_whole(recipe: Recipe) -> None:
+    """Raises ValueError if a file of the weights is shorter than its header says: a download or a copy that was cut short."""
+    base, revision = recipe.model.base, recipe.model.revision
+    one = cached_file(base, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if one is not None:
+        files = [one]
+    else:
+        index = cached_file(base, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+        files, _ = get_checkpoint_shard_files(base, index, revision=revision)
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{Path(file).name} is damaged ({str(error).strip()})") from None
 
 
 def coverage_finding(recipe: Recipe, skeleton: Skeleton) -> Finding:
@@ -319,7 +340,8 @@ def _dev(recipe: Recipe, dev: Rows) -> Finding:
     every = recipe.evaluation.every_steps
     if every is None:
         return Finding("ok", "development", "not evaluated while training: the last step is the result")
-    return Finding("ok", "development", f"{len(dev):,} rows, every {every} steps: the best checkpoint is the result")
+    rows = "1 row" if len(dev) == 1 else f"{len(dev):,} rows"
+    return Finding("ok", "development", f"{rows}, every {every} steps: the best checkpoint is the result")
 
 
 def remark_findings(recipe: Recipe, rows: Rows, order: Order) -> list[Finding]:
@@ -455,14 +477,19 @@ def limit_finding(seconds: float | None, limit: float) -> Finding:
     )
 
 
+def checkpoint_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
+    """Trained weights and AdamW's moments in fp32, and the tokenizer's files."""
+    tokenizer = sum(p.stat().st_size for p in (Path(recipe.data.prepared) / "tokenizer").glob("*"))
+    return 12 * skeleton.num_trained + tokenizer
+
+
 def disk_finding(recipe: Recipe, skeleton: Skeleton) -> Finding:
     """Checkpoints that are kept, one being written, and the result, against what is free."""
     folder = Path(recipe.output.dir)
-    tokenizer = sum(p.stat().st_size for p in (Path(recipe.data.prepared) / "tokenizer").glob("*"))
-    one = 12 * skeleton.num_trained + tokenizer
+    one = checkpoint_bytes(recipe, skeleton)
     best = 1 if recipe.evaluation.every_steps is not None else 0
     checkpoints = recipe.checkpoints.keep + best + 1
-    final = (2 if recipe.output.final_dtype in ("float16", "bfloat16") else 4) * skeleton.num_trained + tokenizer
+    final = one - (10 if recipe.output.final_dtype in ("float16", "bfloat16") else 8) * skeleton.num_trained
     needed = checkpoints * one + final + RUNTIME_FILES
     free = shutil.disk_usage(_existing(folder)).free
     text = f"{_gib(needed)} needed ({checkpoints} checkpoints of {_gib(one)}, result {_gib(final)}), {_gib(free)} free for {folder}"

@@ -15,7 +15,7 @@ from qlora_suite.preflight_checks import Finding
 WIDTH = 100
 MARKS = {"ok": ("green", "ok  "), "look": ("yellow", "look"), "fail": ("red", "FAIL")}
 MODULES_SHOWN = 14
-BAR = 20
+BAR = 16
 
 
 def page_console() -> Console:
@@ -71,7 +71,7 @@ def _things(count: int) -> str:
 def _modules(console: Console, rows: Sequence[Row]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("module", no_wrap=True)
-    for name in ("shape", "count", "parameters", "stored as", "size", "adapter adds"):
+    for name in ("shape", "count", "parameters", "stored as", "size", "adapter"):
         table.add_column(name, justify="left" if name == "stored as" else "right", no_wrap=True)
     for row in rows[:MODULES_SHOWN]:
         shape = " x ".join(map(str, row.shape))
@@ -95,7 +95,7 @@ def _memory(console: Console, estimate: Estimate, memory: int | None, measured: 
         table.add_row(component.name, size(component.bytes), _bar(component.bytes / against), Text(component.how, style="dim"))
     table.add_row(Text("together", style="bold"), Text(size(estimate.total), style="bold"), _bar(estimate.total / against, memory), "")
     if memory:
-        left = f"{1 - HEADROOM:.0%} is for context, fragmentation"
+        left = f"{1 - HEADROOM:.0%} for context, fragments"
         table.add_row("may be used", size(int(HEADROOM * memory)), "", Text(f"of {size(memory)}: {left}", style="dim"))
     console.print(table)
 
