@@ -57,6 +57,10 @@ def preflight(
     except ValueError as error:
         findings.append(refused("config", error))
         where = checks.Place({"distributed_type": "NO"}, compatibility.ONE, processes or 1, cpu=False)
+    if where.cpu and named:
+        raise ValueError(
+            f"--card {card_name} has no effect on a run on the CPU, which {config} or ACCELERATE_USE_CPU asks for; leave it out"
+        )
     card = None if where.cpu else named or cards.here()
     memory = checks.memory_of_machine() if where.cpu else card.memory if card else None
     dtype, precision = checks.precision(where, card)
@@ -108,8 +112,8 @@ def preflight(
             findings.append(checks.memory_finding(estimate, memory, how == "measured", recipe))
         findings.append(caught("disk", lambda: checks.disk_finding(recipe, skeleton)))
     if order is not None:
-        rate = rate or checks.known_rate(recipe, skeleton, card, estimate)
-        seconds, finding = checks.time_finding(order, rate, where)
+        rate = rate or checks.known_rate(recipe, skeleton, where, card, estimate)
+        seconds, finding = checks.time_finding(order, rate, where, card)
         findings.append(finding)
         if limit is not None:
             findings.append(checks.limit_finding(seconds, limit))

@@ -20,6 +20,7 @@ from qlora_suite.dataset import Rows, load_manifest
 from qlora_suite.files import read_json, write_json
 from qlora_suite.memory_estimate import Component, Estimate, Limit, Step
 from qlora_suite.model import load_config
+from qlora_suite.module_table import Skeleton, Stored
 from qlora_suite.preflight_checks import Finding, Place
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
@@ -165,6 +166,11 @@ def test_fewer_gpus_than_processes_are_red_on_the_machine_that_has_them(monkeypa
     where = Place({"distributed_type": "MULTI_GPU"}, "DDP", 4, cpu=False)
     assert preflight_checks.gpus_finding(where, cards.named("a100"), named=False).level == "fail"
     assert preflight_checks.gpus_finding(where, cards.named("a100"), named=True).level == "ok"
+
+
+def test_a_card_for_a_run_on_the_cpu_is_a_mistake(look: Look) -> None:
+    with pytest.raises(ValueError, match="no effect on a run on the CPU"):
+        look(config=CPU)
 
 
 def test_no_card_is_said_and_no_rate_is_invented(look: Look) -> None:
@@ -350,18 +356,48 @@ def test_the_step_is_measured_where_the_hardware_is(look: Look) -> None:
     assert "no effect" in look(measure=True)[1]["measure"].text  # on a card that is not here
 
 
-def test_hours_come_from_an_earlier_run_or_a_table_and_it_says_which(look: Look, finished: Path, ready: Path) -> None:
-    tabled = look()[1]["time"]
-    assert "tabled" in tabled.text
-    assert "notebook" in tabled.text
-    measured = look(rate_of=finished)[1]["time"]
-    assert str(finished) in measured.text
-    assert "no rate is known" in look(card_name="h100")[1]["time"].text
+def test_hours_come_from_an_earlier_run_and_other_hardware_is_said(look: Look, finished: Path, ready: Path) -> None:
+    assert "no rate is known" in look()[1]["time"].text  # the table is of models that keep a card busy
+    other = look(rate_of=finished)[1]["time"]
+    assert other.level == "look"
+    assert str(finished) in other.text
+    own = look(rate_of=finished, config=CPU, card_name=None)[1]["time"]
+    assert own.level == "ok"
+    found = look("train.max_steps=8", "checkpoints.every_steps=4", f"output.dir={finished}", config=CPU, card_name=None)[1]["time"]
+    assert str(finished) in found.text  # of the run in output.dir, without being asked
+    assert "no rate is known" in look("train.max_steps=8", f"output.dir={finished}")[1]["time"].text  # but not for a T4
     with pytest.raises(ValueError, match="has no rate"):
         look(rate_of=ready.parent)
-    rate = preflight_checks.rate_of_run(finished)
-    assert rate.measured
-    assert rate.tokens > 0
+
+
+def test_a_tabled_rate_is_of_models_of_its_size_and_names_its_source() -> None:
+    def skeleton(width: int) -> Skeleton:
+        trained = {"layers.0.lora_A.default.weight": (16, width)}
+        return Skeleton(torch.nn.Module(), None, (Stored("layers.0.fc1", (width, width), "nf4", 0),), 0, trained, torch.float16)
+
+    kept, recomputed = (preflight_checks.tabled_rate(skeleton(51_200), cards.named("t4"), on) for on in (False, True))
+    assert "notebook" in kept.source
+    assert kept.tokens == pytest.approx(10.6e12 / (4 * 51_200**2), rel=0.01)
+    assert recomputed.tokens == pytest.approx(kept.tokens * 4 / 6, rel=0.01)
+    assert preflight_checks.tabled_rate(skeleton(1000), cards.named("t4"), False) is None
+    assert preflight_checks.tabled_rate(skeleton(51_200), cards.named("h100"), False) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "card", "same"),
+    [
+        ("Tesla T4", "t4", True),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb", True),
+        ("NVIDIA A100-SXM4-40GB", "a100-80gb", False),
+        ("NVIDIA GeForce RTX 4090", "rtx4090", True),
+        ("NVIDIA H100 80GB HBM3", "h100", True),
+        ("Tesla T4", "l4", False),
+        ("CPU (2 threads)", "t4", False),
+    ],
+)
+def test_a_rate_is_of_the_card_that_made_it(device: str, card: str, same: bool) -> None:
+    where = Place({}, "one process", 1, cpu=False)
+    assert preflight_checks.Rate(1.0, "x", device).is_of(where, cards.named(card)) is same
 
 
 @pytest.mark.parametrize(
@@ -378,7 +414,9 @@ def test_a_jobs_limit_is_enough_or_takes_requeues_or_is_hopeless(look: Look, mon
     assert twice.level == "look"
     assert "2 jobs" in twice.text
     assert preflight_checks.limit_finding(None, 7200).level == "look"
-    assert look(time_limit="5")[1]["time limit"].level in ("ok", "fail")
+    good, found, _ = look(time_limit="5")
+    assert not good
+    assert found["time limit"].level == "fail"
     assert preflight_checks.limit_finding(3600, 300).level == "fail"
     with pytest.raises(ValueError, match="is no time"):
         preflight_checks.limit_seconds("soon")

@@ -65,7 +65,7 @@ def named(name: str) -> Card:
     """
     key = re.sub(r"[\s_]+", "", name.lower()).replace("nvidia", "").replace("tesla", "").replace("geforce", "").strip("-")
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)(?:gib|gb)", key):
-        return Card(f"a card of {size[1]} GiB", int(float(size[1]) * GIB), BF16_CAPABILITY)
+        return Card(f"card of {size[1]} GiB", int(float(size[1]) * GIB), BF16_CAPABILITY)
     key = OTHER_NAMES.get(key, key)
     if key not in _TABLE:
         raise ValueError(f"--card {name} is not in the table; known: {', '.join(KNOWN)}; or its memory, e.g. --card 24GiB")

@@ -44,6 +44,8 @@ ROWS_LOOKED_AT = 500
 LITTLE_SUPERVISED, MANY_CUT, FEW_ENDS, MUCH_PADDING = 0.1, 0.1, 0.5, 0.1
 RUNTIME_FILES = 20 * 2**20
 """Metrics, previews and logs of a run, generously."""
+TABLED_SIZES = (1e9, 15e9)
+"""Weights in matrix products of the models to which the table's rates apply: small ones keep no card busy."""
 SHORTEST_JOB = 10 * 60.0
 """slurm/*.sbatch ask a run to save and stop minutes before the job's end, and loading a base takes some at its beginning."""
 WARM_UP_STEPS = 3
@@ -75,7 +77,14 @@ class Rate:
 
     tokens: float
     source: str
-    measured: bool
+    device: str = ""
+    """Of the run that it was measured in; empty for a tabled one."""
+
+    def is_of(self, where: Place, card: Card | None) -> bool:
+        """Was it measured on such hardware?"""
+        if where.cpu:
+            return self.device.startswith("CPU")
+        return card is not None and bool(self.device) and set(_words(self.device)) >= set(_words(card.name)[:2])
 
 
 def refused(what: str, error: Exception) -> Finding:
@@ -393,24 +402,28 @@ def rate_of_run(run: Path) -> Rate:
     about = read_json(path.parent / "run.json") if (path.parent / "run.json").exists() else {}
     processes, device = about.get("processes", 1), about.get("hardware", {}).get("device", "unknown hardware")
     source = f"{path} on {processes} x {device}" if processes > 1 else f"{path} on {device}"
-    return Rate(float(np.median(values[WARM_UP_STEPS:])) / processes, source, True)
+    return Rate(float(np.median(values[WARM_UP_STEPS:])) / processes, source, device)
 
 
 def tabled_rate(skeleton: Skeleton, card: Card | None, checkpointing: bool) -> Rate | None:
     """From the operations that a token takes, and what a published run on such a card sustained."""
-    if card is None or card.teraflops is None:
-        return None
     products = sum(one.parameters for one in skeleton.weights if len(one.shape) == 2 and "embed" not in one.name)
+    adapts = any(".lora_" in name for name in skeleton.trained)
+    if card is None or card.teraflops is None or not adapts or not TABLED_SIZES[0] <= products <= TABLED_SIZES[1]:
+        return None
     operations = (6 if checkpointing else 4) * products + 6 * skeleton.num_trained  # forward, to the inputs, and recomputed
-    return Rate(card.teraflops * 1e12 / operations, f"tabled, {card.teraflops:g} TFLOP/s: {card.source}", False)
+    return Rate(card.teraflops * 1e12 / operations, f"tabled, {card.teraflops:g} TFLOP/s: {card.source}")
 
 
-def known_rate(recipe: Recipe, skeleton: Skeleton | None, card: Card | None, estimate: Estimate | None) -> Rate | None:
-    """That of the run in output.dir, else the table's, else none."""
+def known_rate(recipe: Recipe, skeleton: Skeleton | None, where: Place, card: Card | None, estimate: Estimate | None) -> Rate | None:
+    """That of the run in output.dir, if such hardware made it; else the table's; else none."""
     try:
-        return rate_of_run(Path(recipe.output.dir))
+        rate = rate_of_run(Path(recipe.output.dir))
     except (ValueError, OSError):
-        return tabled_rate(skeleton, card, estimate.checkpointing) if skeleton and estimate else None
+        rate = None
+    if rate is not None and rate.is_of(where, card):
+        return rate
+    return tabled_rate(skeleton, card, estimate.checkpointing) if skeleton and estimate else None
 
 
 def tokens_of_run(order: Order) -> int:
@@ -419,18 +432,18 @@ def tokens_of_run(order: Order) -> int:
     return round(min(order.num_positions, order.num_steps * order.rows_per_step) * mean)
 
 
-def time_finding(order: Order, rate: Rate | None, where: Place) -> tuple[float | None, Finding]:
+def time_finding(order: Order, rate: Rate | None, where: Place, card: Card | None) -> tuple[float | None, Finding]:
     """(seconds of the training steps, or None; the finding)"""
     tokens = tokens_of_run(order)
     what = f"{order.num_steps:,} steps x {tokens / order.num_steps:,.0f} tokens = {tokens:,}"
     if rate is None:
-        return None, Finding(
-            "look", "time", f"{what}; no rate is known for this card", "--rate RUN takes that of an earlier run; 20 steps make one"
-        )
+        on = "for this hardware" if where.cpu or card is None else f"for such a model on a {card.name}"
+        return None, Finding("look", "time", f"{what}; no rate is known {on}", "--rate RUN takes that of an earlier run; 20 steps make one")
     speed = rate.tokens * where.processes
-    seconds = tokens / speed
-    finding = Finding("ok", "time", f"{clock(seconds)} for {what}, at {speed:,.0f} tokens/s ({rate.source})")
-    return seconds, finding
+    text = f"{clock(tokens / speed)} for {what}, at {speed:,.0f} tokens/s ({rate.source})"
+    if rate.device and not rate.is_of(where, card):
+        return tokens / speed, Finding("look", "time", text, "that run was on other hardware: a run of 20 steps here gives its rate")
+    return tokens / speed, Finding("ok", "time", text)
 
 
 def limit_seconds(text: str) -> float:
@@ -457,17 +470,17 @@ def slurm_limit() -> float | None:
 
 def limit_finding(seconds: float | None, limit: float) -> Finding:
     """Does it end within a job's time, or how often does it go on?"""
-    if seconds is None:
-        return Finding("look", "time limit", f"{clock(limit)}, and how long it takes is not known", "--rate RUN gives a rate")
-    if seconds <= 0.9 * limit:
+    if seconds is not None and seconds <= 0.9 * limit:
         return Finding("ok", "time limit", f"{clock(limit)} is enough")
     if limit < SHORTEST_JOB:
         return Finding(
             "fail",
             "time limit",
-            f"{clock(limit)}, and jobs are asked to save and stop {clock(SHORTEST_JOB / 2)} before their end: none would get on",
+            f"{clock(limit)}: jobs are asked to save and stop minutes before their end, and this one would hardly have begun",
             "a longer limit: sbatch --time, slurm/submit.sh --time",
         )
+    if seconds is None:
+        return Finding("look", "time limit", f"{clock(limit)}, and how long it takes is not known", "--rate RUN gives a rate")
     jobs = math.ceil(seconds / (0.9 * limit))
     return Finding(
         "look",
@@ -563,3 +576,8 @@ def _gib(size: float) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _words(name: str) -> list[str]:
+    """`NVIDIA A100-SXM4-80GB` and `A100 80 GB` have words in common."""
+    return re.findall(r"[a-z]+\d+|\d+|ti\b", name.lower().replace("rtx ", "rtx"))
