@@ -18,11 +18,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from qlora_suite import compatibility
+from qlora_suite.accelerate_config import check_base, check_config, engine_of
 from qlora_suite.batches import check_division
 from qlora_suite.dataset import load_manifest
 from qlora_suite.files import read_json, write_json
@@ -52,52 +50,6 @@ def check(recipe: Recipe, config: Path, nodes: int, processes: int | None) -> No
         check_division(recipe.train.rows_per_step, processes, recipe.train.micro_batch)
     check_base(recipe)
     load_manifest(recipe)
-
-
-def engine_of(config: dict[str, Any]) -> str:
-    """The engine that an accelerate config asks for, in compatibility.py's words. Raises ValueError for FSDP1."""
-    if config["distributed_type"] == "FSDP":
-        if (config.get("fsdp_config") or {}).get("fsdp_version", 1) != 2:
-            raise ValueError("the accelerate config asks for FSDP1; set fsdp_version: 2, as accelerate_configs/fsdp.yaml does")
-        return compatibility.FSDP2
-    if config["distributed_type"] == "DEEPSPEED":
-        stage = (config.get("deepspeed_config") or {}).get("zero_stage", 2)
-        return compatibility.ZERO3 if stage == 3 else compatibility.ZERO2
-    return compatibility.ONE if config["distributed_type"] == "NO" else compatibility.DDP
-
-
-def check_config(config: Path, nodes: int, processes: int | None) -> dict[str, Any]:
-    """The accelerate config. Raises ValueError if it is not there, or would start other processes than the job has places for."""
-    if not config.is_file():
-        known = ", ".join(sorted(path.name for path in Path("accelerate_configs").glob("*.yaml")))
-        raise ValueError(f"there is no accelerate config at {config} (in accelerate_configs/: {known})")
-    try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or "distributed_type" not in values:
-        raise ValueError(f"{config} is no accelerate config: it has no distributed_type")
-    # "NO" starts one process a node, whatever --num_processes says, and each of them would train alone
-    if values["distributed_type"] == "NO" and max(nodes, processes or 1) > 1:
-        wanted = f"{processes} processes" if processes else f"{nodes} nodes"
-        raise ValueError(
-            f"{config} runs one process (distributed_type: NO) but the job has {wanted}; take a config for several, e.g. ddp.yaml"
-        )
-    return values
-
-
-def check_base(recipe: Recipe) -> None:
-    """Raises ValueError if the base is a hub id that compute nodes, being offline, would not find in the cache."""
-    if Path(recipe.model.base).is_dir():
-        return
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    found = try_to_load_from_cache(recipe.model.base, "config.json", revision=recipe.model.revision)
-    # fetch() leaves the config for the end, so where it is, the weights are
-    if not isinstance(found, str):
-        raise ValueError(
-            f"{recipe.model.base} is not in {constants.HF_HUB_CACHE}; on the login node run: bash slurm/prefetch.sh {recipe.command_line}"
-        )
 
 
 def fetch(recipe: Recipe) -> str:

@@ -72,7 +72,7 @@ def load_base(model: recipes.Model, dtype: torch.dtype, device: torch.device, qu
     and OutOfMemoryError if a GPU is too small.
     """
     config = load_config(model)
-    _prepare_config(config)
+    prepare_config(config)
     if model.random_init:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
     prequantized.check_quantization(model, config, quant_storage)
@@ -188,7 +188,7 @@ def versions() -> dict[str, str]:
     return {module.__name__: module.__version__ for module in modules}
 
 
-def _prepare_config(config: PreTrainedConfig) -> None:
+def prepare_config(config: PreTrainedConfig) -> None:
     """Settings that make no difference to what the model computes when it is used, and a large one to training it."""
     # gelu_new and gelu_pytorch_tanh are the same function (to 2.4e-7); the second is one fused kernel instead of eight and
     # keeps 60 KiB a token and layer less for the backward pass (Phi-2).

@@ -1,0 +1,74 @@
+"""The longest step, really made: the base loaded, the trial of micro_batch.py, and what it took."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qlora_suite import memory_estimate
+from qlora_suite.batches import Limit
+from qlora_suite.dataset import Rows
+from qlora_suite.engine import autocast
+from qlora_suite.loss import collate, summed_loss
+from qlora_suite.memory_estimate import Component, Estimate
+from qlora_suite.micro_batch import choose, set_checkpointing
+from qlora_suite.optimizer import state_bytes
+from qlora_suite.recipe import Recipe
+from qlora_suite.trainable import build_model
+
+
+def measure(
+    recipe: Recipe,
+    manifest: Mapping[str, Any],
+    rows: Rows,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows_per_rank: int,
+    stored: Sequence[Component],
+    guess: Estimate,
+) -> Estimate:
+    """Load the base and make the step that train.py's trial chooses. What is stored from step to step keeps its names; what the step
+    needs is what it took, by the allocator on a GPU, by counting storages on a CPU.
+
+    Raises ValueError if nothing fits, as train.py would.
+    """
+    net, base = build_model(recipe, manifest, dtype, device)
+    net.train()
+    longest_first = rows.lengths.argsort()[::-1]
+
+    def trial(num_rows: int, checkpointing: bool) -> None:
+        set_checkpointing(base, checkpointing)
+        batch = collate([rows[r] for r in longest_first[:num_rows]], 0).to(device)
+        try:
+            with autocast(device, dtype):
+                loss_sum = summed_loss(net, replace(batch, supervised=batch.position_ids > 0))
+            loss_sum.backward()
+        finally:
+            net.zero_grad(set_to_none=True)
+
+    longest = int(rows.lengths.max())
+    limit, checkpointing = choose(recipe.train, rows_per_rank, longest, device, trial, lambda n: n, state_bytes(net))
+    num_rows = min(limit.rows, max(1, limit.tokens // longest))
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before: they stay until the step
+    set_checkpointing(base, checkpointing)
+    batch = collate([rows[r] for r in longest_first[:num_rows]], 0).to(device)
+    batch = replace(batch, supervised=batch.position_ids > 0)
+
+    def loss() -> torch.Tensor:
+        with autocast(device, dtype):
+            return summed_loss(net, batch)
+
+    if device.type == "cpu":
+        step = memory_estimate.measured(net, base.get_output_embeddings(), loss)
+        return memory_estimate.estimate(
+            base.config.get_text_config().vocab_size, stored, step, Limit(limit.rows, num_rows * longest), checkpointing
+        )
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    loss().backward()
+    passing = torch.cuda.max_memory_allocated(device) - before
+    parts = (*stored, Component("activations, logits and loss", passing, f"measured: {num_rows} rows of {longest:,} tokens"))
+    return replace(guess, components=parts, limit=limit, checkpointing=checkpointing)
