@@ -1,8 +1,8 @@
 """GPUs that people fine-tune on: what torch says of them, and what a QLoRA run was seen to do on one.
 
 Memory is what torch reports as a card's total, which is less than what is printed on the box, and a little less again with ECC or
-with a newer driver: of several values seen in error messages, the smallest. `python -c "import torch;
-print(torch.cuda.get_device_properties(0).total_memory)"` gives yours.
+with a newer driver. T4, RTX 3090, 4090, 5090 and L40S: at most the smallest value in public error messages. The others were not looked
+up anew: `python -c "import torch; print(torch.cuda.get_device_properties(0).total_memory)"` gives yours.
 """
 
 import re
