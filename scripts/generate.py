@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -38,8 +38,11 @@ from qlora_suite.subject import subject_of
 from qlora_suite.terminal_text import printable
 from qlora_suite.tracking import StepBar, console, say
 
+BATCH = 8
+
 
 def run(args: Namespace) -> None:
+    check(args)
     sampling = sampling_of(args)
     overrides, words = told_apart(args.words)
     rows = asked(args, words)
@@ -68,8 +71,8 @@ def show_answers(assistant: Assistant, prompts: list[Prompt], args: Namespace, s
             show_stream(assistant, prompt, args, sampling)
         return
     earlier: Counter = Counter()
-    for begin in range(0, len(prompts), args.batch_size):
-        batch, began = prompts[begin : begin + args.batch_size], time.monotonic()
+    for begin in range(0, len(prompts), args.batch_size or BATCH):
+        batch, began = prompts[begin : begin + (args.batch_size or BATCH)], time.monotonic()
         answers = answer_batch(assistant, batch, args, sampling, earlier)
         seconds = time.monotonic() - began
         for prompt, found in zip(batch, answers, strict=True):
@@ -101,8 +104,8 @@ def write_answers(assistant: Assistant, prompts: list[Prompt], args: Namespace, 
         sampling.generators([prompt.ids for prompt in prompts[:done]], earlier)  # so that a prompt asked again is drawn anew
     with StepBar("answering", len(prompts), done) as bar:
         try:
-            for begin in range(done, len(prompts), args.batch_size):
-                batch, began = prompts[begin : begin + args.batch_size], time.monotonic()
+            for begin in range(done, len(prompts), args.batch_size or BATCH):
+                batch, began = prompts[begin : begin + (args.batch_size or BATCH)], time.monotonic()
                 answers = answer_batch(assistant, batch, args, sampling, earlier)
                 seconds = time.monotonic() - began
                 file.add(answers, seconds)
@@ -166,15 +169,9 @@ def check(args: Namespace) -> None:
     for name in ("batch_size", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, not {value}")
-    args.batch_size = args.batch_size or 8
 
 
-def main(args: Namespace) -> None:
-    check(args)
-    run(args)
-
-
-if __name__ == "__main__":
+def arguments() -> ArgumentParser:
     parser = parser_for(__doc__)
     parser.add_argument("target", type=Path, help="a run's folder or a recipe's YAML file")
     parser.add_argument("words", nargs="*", metavar="prompt", help="what to ask; words like data.max_length=512 override the recipe")
@@ -190,7 +187,11 @@ if __name__ == "__main__":
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
     parser.add_argument("--seed", type=int, metavar="S", help="of what is drawn (default: 0)")
     parser.add_argument("--stream", action="store_true", help="show each answer while it is made, one prompt at a time")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="prompts answered together (default: 8)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help=f"prompts answered together (default: {BATCH})")
     parser.add_argument("--jsonl", type=Path, metavar="OUT", help="write a record an answer; an unfinished file is gone on with")
-    args = parser.parse_intermixed_args()
-    with_clear_errors(lambda: main(args), debug=args.debug)
+    return parser
+
+
+if __name__ == "__main__":
+    args = arguments().parse_intermixed_args()
+    with_clear_errors(lambda: run(args), debug=args.debug)

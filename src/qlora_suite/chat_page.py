@@ -34,9 +34,9 @@ BOTH = "both, side by side"
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere; }
-#title p { margin: .15rem 0 0; color: var(--body-text-color-subdued); font-size: .875rem; overflow-wrap: anywhere; }
+#title p { margin: .15rem 0 0; opacity: .8; font-size: .875rem; overflow-wrap: anywhere; }
 .status { min-height: 1.4em; padding: 0 .25rem !important; }
-.status p { margin: 0; font-size: .8rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+.status p { margin: 0; font-size: .8rem; opacity: .8; font-variant-numeric: tabular-nums; }
 #message textarea { font-size: 1rem; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
 """

@@ -43,7 +43,7 @@ def talk(assistant: Assistant, history: int | None, max_new_tokens: int, seconds
     limits = Limits(max(1, min(max_new_tokens, assistant.window // 2)), seconds)
     while True:
         try:
-            message = read("base> " if state.base else "you> ").strip()
+            message = read("base> " if state.base else "you> ").rstrip()
         except EOFError:
             say("")
             return
@@ -55,8 +55,8 @@ def talk(assistant: Assistant, history: int | None, max_new_tokens: int, seconds
         try:
             if message.startswith("/"):
                 message = command(assistant, state, message)
-            if message:
-                reply(assistant, state, message, history, limits)
+            if message.strip():
+                reply(assistant, state, message.strip(), history, limits)
         except ValueError as error:
             say(f"error: {error}")
 

@@ -28,10 +28,10 @@ def asked(
 ) -> Asked:
     """The prompt for the next message, behind at most `most` exchanges (None: all), less those that would leave too little room.
 
-    The room for the answer is `max_new_tokens`, or half the window where that is less. Raises ValueError if the message alone does not
-    fit into the window, with the numbers.
+    The room for the answer is `max_new_tokens`, or a quarter of the window where that is less. Raises ValueError if the message alone
+    does not fit into the window, with the numbers.
     """
-    room = min(max_new_tokens, assistant.window // 2)
+    room = min(max_new_tokens, assistant.window // 4)
     most = 0 if assistant.renderer.is_plain_text else len(exchanges) if most is None else min(most, len(exchanges))
     for kept in range(most, -1, -1):
         turns = [] if system is None else [Turn("system", system)]

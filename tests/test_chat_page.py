@@ -1,0 +1,432 @@
+"""scripts/chat.py: the page, used in a real browser as a person does, and attacked as a person would."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import chromium, page  # noqa: F401
+from conftest import ROOT, run_script
+from playwright.sync_api import Page, expect
+from talking import ANSWERS, HOSTILE, LONG, talking_run
+
+from qlora_suite.assistant import Assistant, load
+from qlora_suite.chat_page import chat_page
+from qlora_suite.chat_server import serve
+from qlora_suite.conversations import Turn
+from qlora_suite.streaming import stream
+from qlora_suite.subject import subject_of
+
+PASSWORD = "correct horse battery"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return talking_run(tmp_path_factory.mktemp("talking"), tiny_base)
+
+
+@pytest.fixture(scope="module")
+def assistant(run: Path) -> Assistant:
+    return load(subject_of(run, []), torch.device("cpu"), torch.float32)
+
+
+@contextlib.contextmanager
+def chat(run: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[str]:
+    """scripts/chat.py in a process of its own, up to where it says its address."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "scripts" / "chat.py"), str(run), "--port", str(port), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "GRADIO_ALLOWED_PATHS": "/", **(env or {})}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            said = process.stdout.readline()
+            assert said.startswith("http://"), said + process.stdout.read()
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def url(run: Path) -> Iterator[str]:
+    with chat(run) as address:
+        yield address
+
+
+@pytest.fixture
+def talk(page: Page, url: str) -> Page:  # noqa: F811
+    return opened(page, url)
+
+
+def opened(page: Page, url: str) -> Page:  # noqa: F811
+    page.set_default_timeout(60_000)
+    page.goto(url)
+    page.wait_for_selector("#message textarea")
+    return page
+
+
+def send(page: Page, text: str) -> None:  # noqa: F811
+    page.fill("#message textarea", text)
+    page.click("#send")
+
+
+def answers(page: Page, side: str = "adapter") -> Any:  # noqa: F811
+    return page.locator(f"#chat-{side} .bot.message")
+
+
+def ended(page: Page, number: int = 1, side: str = "adapter") -> str:  # noqa: F811
+    """The line under the chat, once its answer is complete."""
+    expect(answers(page, side)).to_have_count(number, timeout=60_000)
+    status = page.locator(f"#status-{side}")
+    expect(status).to_contain_text(re.compile("stopped|ran into"), timeout=60_000)
+    expect(page.locator("#send")).to_be_visible(timeout=60_000)
+    return status.inner_text()
+
+
+def prompt_tokens(assistant: Assistant, *texts: str) -> int:
+    turns = [Turn("assistant" if place % 2 else "user", text) for place, text in enumerate(texts)]
+    return len(assistant.renderer.prompt(turns))
+
+
+# --- talking
+
+
+def test_a_person_asks_sees_the_answer_come_follows_up_and_clears(talk: Page, assistant: Assistant, run: Path) -> None:
+    expect(talk.locator("#title")).to_contain_text("adapter of step 150")
+    expect(talk.locator("#title h1")).to_have_text(str(run))
+    talk.evaluate(
+        """() => { window.seen = []; new MutationObserver(() => {
+            const bot = document.querySelector("#chat-adapter .bot.message"); if (bot) window.seen.push(bot.innerText.trim());
+        }).observe(document.querySelector("#chat-adapter"), {childList: true, subtree: true, characterData: true}); }"""
+    )
+    send(talk, "count")
+    line = ended(talk)
+    assert answers(talk).inner_text().strip() == LONG
+    grown = list(dict.fromkeys(text for text in talk.evaluate("window.seen") if text))
+    assert len(grown) > 2, "it came all at once"
+    assert all(LONG.startswith(text) for text in grown)
+    assert "stopped by itself" in line
+    assert f"prompt {prompt_tokens(assistant, 'count')} tokens" in line
+    assert "80 tokens · " in line
+
+    send(talk, "hello")
+    expected = prompt_tokens(assistant, "count", LONG, "hello")
+    expect(talk.locator("#status-adapter")).to_contain_text(f"prompt {expected} tokens")
+    ended(talk, 2)
+
+    talk.click("#clear")
+    expect(answers(talk)).to_have_count(0)
+    send(talk, "hello")
+    assert f"prompt {prompt_tokens(assistant, 'hello')} tokens" in ended(talk)
+    assert answers(talk).inner_text().split() == ANSWERS["hello"].split()
+
+
+def test_base_and_adapter_answer_side_by_side_each_with_its_own_history(talk: Page, assistant: Assistant) -> None:
+    send(talk, "hello")
+    ended(talk)
+    expect(talk.locator("#chat-base")).to_be_hidden()
+    talk.get_by_label("both, side by side").check()
+    send(talk, "emoji")
+    mine, of_base = ended(talk, 2), ended(talk, 1, "base")
+    assert f"prompt {prompt_tokens(assistant, 'hello', ANSWERS['hello'], 'emoji')} tokens" in mine
+    assert f"prompt {prompt_tokens(assistant, 'emoji')} tokens" in of_base
+    assert answers(talk).nth(1).inner_text().strip() == ANSWERS["emoji"]
+    assert answers(talk, "base").inner_text().strip() != ANSWERS["emoji"]
+    talk.click("#undo")
+    expect(answers(talk)).to_have_count(1)
+    expect(answers(talk, "base")).to_have_count(0)
+    expect(talk.locator("#message textarea")).to_have_value("emoji")
+    talk.get_by_label("adapter", exact=True).check()
+    talk.click("#retry")
+    expect(talk.locator("#status-adapter")).to_contain_text(f"prompt {prompt_tokens(assistant, 'hello')} tokens")
+
+
+def test_what_does_not_fit_is_left_out_and_said(talk: Page, assistant: Assistant) -> None:
+    """256 tokens of window: three long answers do not fit behind each other."""
+    for number in range(1, 4):
+        send(talk, "count")
+        line = ended(talk, number) if number == 1 else expect(answers(talk)).to_have_count(number)
+        expect(talk.locator("#send")).to_be_visible()
+    expect(talk.locator("#status-adapter")).to_contain_text("left out")
+    line = talk.locator("#status-adapter").inner_text()
+    assert re.search(r"[12] earlier exchanges? left out", line)
+    send(talk, "word " * 400)
+    expect(talk.locator("#status-adapter")).to_contain_text("share a window of 256")
+    expect(talk.locator("#message textarea")).to_have_value(re.compile("word word"))
+
+
+def test_html_and_scripts_in_an_answer_or_a_message_are_shown_and_do_not_run(talk: Page) -> None:
+    """The `page` fixture fails on a request to another machine, so the picture was not fetched either."""
+    title = talk.title()
+    send(talk, "show html")
+    ended(talk)
+    shown = answers(talk)
+    assert shown.inner_text().strip() == HOSTILE.replace("**bold**", "bold").replace("![p](https://example.com/x.png)", "!p")
+    expect(shown.locator("strong")).to_have_text("bold")
+    expect(shown.locator("img, script")).to_have_count(0)
+    send(talk, HOSTILE + " `<b>` and\n```html\n<i onclick=1>\n```\n[link](javascript:document.title='own')")
+    expect(answers(talk)).to_have_count(2)
+    mine = talk.locator("#chat-adapter .user.message").nth(1)
+    expect(mine).to_contain_text("<img src=x onerror")
+    assert [code.strip() for code in mine.locator("code").all_inner_texts()] == ["<b>", "<i onclick=1>"]
+    expect(mine.locator("img, script, b, i[onclick]")).to_have_count(0)
+    assert "javascript:" not in "".join(mine.locator("a").evaluate_all("links => links.map(a => a.href)"))
+    expect(talk.locator("#send")).to_be_visible()
+    assert talk.title() == title
+
+
+def test_the_server_s_policy_stops_what_a_sanitiser_would_let_through(talk: Page) -> None:
+    """Handlers in attributes and pictures from elsewhere, put into the page itself."""
+    talk.evaluate(
+        """() => document.querySelector("#title").insertAdjacentHTML("beforeend",
+            "<img src=nothing onerror=\\"document.title='own'\\"><img src='https://example.com/x.png' onload=1>")"""
+    )
+    talk.wait_for_timeout(500)
+    assert "own" not in talk.title().split()
+
+
+# --- stopping
+
+
+class Slow:
+    """Counts the forward passes of a model and makes each wait for its turn."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        self.passes, self.seconds = 0, 0.02
+        self.handle = net.register_forward_pre_hook(self)
+
+    def __call__(self, *_: object) -> None:
+        self.passes += 1
+        time.sleep(self.seconds)
+
+
+@pytest.fixture
+def slow(assistant: Assistant) -> Iterator[Slow]:
+    found = Slow(assistant.net.get_base_model())
+    yield found
+    found.handle.remove()
+
+
+@pytest.fixture
+def in_process(assistant: Assistant) -> Iterator[tuple[str, list[list[int]]]]:
+    """The page in the test's own process, with the ids of every prompt that it asks."""
+    asked: list[list[int]] = []
+
+    def answer(assistant: Assistant, ids: list[int], *rest: Any) -> Any:
+        asked.append(list(ids))
+        return stream(assistant, ids, *rest)
+
+    blocks = chat_page(assistant, history=1, seconds=60, answer=answer)
+    yield serve(blocks, "127.0.0.1", free_port(), None, wait=False), asked
+    blocks.close(verbose=False)
+
+
+def test_stop_ends_the_generation_and_keeps_what_was_said(
+    page: Page,  # noqa: F811
+    in_process: tuple[str, list[list[int]]],
+    slow: Slow,
+    assistant: Assistant,
+) -> None:
+    address, asked = in_process
+    talk = opened(page, address)
+    send(talk, "count")
+    expect(talk.locator("#status-adapter")).to_contain_text(re.compile(r"\d+ tokens · "))
+    talk.click("#stop")
+    line = ended(talk)
+    assert "was stopped" in line
+    passes = slow.passes
+    assert passes < 80, "the whole answer was made"
+    said = answers(talk).inner_text().strip()
+    assert said
+    assert LONG.startswith(said)
+    time.sleep(0.3)
+    assert slow.passes == passes, "it went on"
+    assert not assistant.lock.locked()
+
+    slow.seconds = 0
+    for number, text in enumerate(("hello", "emoji"), 2):
+        send(talk, text)
+        expect(answers(talk)).to_have_count(number)
+        expect(talk.locator("#send")).to_be_visible()
+    expect(talk.locator("#status-adapter")).to_contain_text("1 earlier exchange left out")  # --history 1: the seeds' app
+    turns = [Turn("user", "hello"), Turn("assistant", ANSWERS["hello"]), Turn("user", "emoji")]
+    assert asked[2][: len(asked[1])] != asked[1]
+    history = [Turn("user", "count"), Turn("assistant", said), Turn("user", "hello")]
+    assert asked[1] == assistant.renderer.prompt(history)
+    heard = answers(talk).nth(1).inner_text()
+    if heard.split() == ANSWERS["hello"].split():
+        assert asked[2] == assistant.renderer.prompt(turns)
+
+
+def test_who_closes_the_tab_leaves_the_model_to_others(
+    chromium: Any,  # noqa: F811
+    in_process: tuple[str, list[list[int]]],
+    slow: Slow,
+    assistant: Assistant,
+) -> None:
+    context = chromium.new_context()
+    talk = opened(context.new_page(), in_process[0])
+    talk.get_by_label("base", exact=True).check()
+    slow.seconds = 0.1
+    send(talk, "What?")
+    expect(talk.locator("#status-base")).to_contain_text(re.compile(r"\d+ tokens · "))
+    context.close()
+    deadline = time.monotonic() + 30
+    while assistant.lock.locked():
+        assert time.monotonic() < deadline, "it still answers"
+        time.sleep(0.05)
+    assert slow.passes < 120, "it went on to the end of the answer"
+
+
+# --- those who are not nice
+
+
+def got(url: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(url, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read(100_000).decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(10_000).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            f"gradio_api/file={place}"
+            for place in ("/etc/passwd", f"{ROOT}/README.md", "README.md", "../../etc/passwd", "http://example.com/")
+        ),
+        *(f"{prefix}{ROOT}/README.md" for prefix in ("file=", "file/", "gradio_api/file/", "static/../file=", "assets/..%2f..%2f")),
+        *("gradio_api/info", "gradio_api/openapi.json", "docs", "openapi.json", "monitoring", "gradio_api/upload_progress?upload_id=1"),
+        *("gradio_api/proxy=http://example.com/", "gradio_api/deep_link", "gradio_api/mcp/", "runs", "gradio_api/vibe-code/"),
+    ],
+)
+def test_no_file_no_interface_for_programs_and_no_proxy_is_served(url: str, path: str) -> None:
+    status, body = got(url + path)
+    assert status in (403, 404), body
+    assert "qlora" not in body
+    assert "root:" not in body
+
+
+def test_nothing_can_be_uploaded_and_no_huge_request_is_read(url: str) -> None:
+    boundary = 'x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nhello\r\n--x--\r\n'
+    status, _ = got(url + "gradio_api/upload", f"--{boundary}".encode(), **{"Content-Type": "multipart/form-data; boundary=x"})
+    assert status == 403
+    assert got(url + "gradio_api/queue/join", b" " * (2**20 + 1))[0] == 403
+
+
+def test_it_answers_to_its_own_name_alone(url: str) -> None:
+    """A name that somebody made to lead to this machine is another one."""
+    assert got(url, Host="evil.example:80")[0] == 403
+    assert got(url)[0] == 200
+
+
+def join(url: str, config: dict[str, Any], number: int) -> tuple[str, str]:
+    """Sends a message as the page does. Returns (refused | done, what was said)."""
+    session = f"s{number}"
+    target = next(d for d in config["dependencies"] if d["targets"] and any(t[1] == "submit" for t in d["targets"]))
+    data = ["hello", None, "adapter", "", 0, 1, 40]
+    body = json.dumps({"data": data, "fn_index": target["id"], "session_hash": session, "event_data": None, "trigger_id": None}).encode()
+    status, text = got(url + "gradio_api/queue/join", body, **{"Content-Type": "application/json"})
+    if status != 200:
+        return "refused", text
+    with urllib.request.urlopen(url + f"gradio_api/queue/data?session_hash={session}", timeout=120) as events:
+        for line in events:
+            if line.startswith(b"data:"):
+                event = json.loads(line[5:])
+                if event["msg"] == "process_completed":
+                    return ("done" if event["success"] else "failed"), json.dumps(event)
+                if event["msg"] in ("queue_full", "unexpected_error"):
+                    return "refused", json.dumps(event)
+    return "cut off", ""
+
+
+def test_a_hundred_at_once_are_answered_or_refused_and_the_page_goes_on(talk: Page, url: str) -> None:
+    config = json.loads(got(url + "config")[1]) if got(url + "config")[0] == 200 else {}
+    with ThreadPoolExecutor(100) as pool:
+        found = list(pool.map(lambda number: join(url, config, number), range(100)))
+    kinds = {kind: sum(k == kind for k, _ in found) for kind, _ in found}
+    assert set(kinds) == {"done", "refused"}, found[0]
+    assert 1 <= kinds["done"] <= 100 - 1
+    assert all("friend" in text for kind, text in found if kind == "done")
+    assert all("queue" in text.lower() for kind, text in found if kind == "refused")
+    send(talk, "hello")
+    ended(talk)
+    assert answers(talk).inner_text().split() == ANSWERS["hello"].split()
+
+
+# --- who is let in
+
+
+def test_others_are_let_in_with_a_password_alone(run: Path) -> None:
+    refused = run_script("chat.py", run, "--listen", "0.0.0.0", env={"QLORA_CHAT_PASSWORD": ""})
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "so it needs a password: set QLORA_CHAT_PASSWORD" in refused.stderr
+    short = run_script("chat.py", run, "--listen", "0.0.0.0", env={"QLORA_CHAT_PASSWORD": "short"})
+    assert short.returncode == 2
+    assert "take at least 12" in short.stderr
+
+
+def test_without_the_password_nothing_is_served_and_with_it_everything(run: Path, page: Page) -> None:  # noqa: F811
+    with chat(run, "--listen", "0.0.0.0", env={"QLORA_CHAT_PASSWORD": PASSWORD}) as address:
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        for path in ("config", "gradio_api/queue/data?session_hash=a"):
+            assert got(address + path)[0] == 401
+        assert got(address + "login", b"username=me&password=wrong", **form)[0] == 400
+        assert "step 150" not in got(address)[1]
+        page.goto(address)
+        page.get_by_label("username").fill("me")
+        page.get_by_label("password").fill("wrong wrong wrong")
+        page.get_by_role("button", name="Login").click()
+        expect(page.locator("body")).to_contain_text(re.compile("incorrect", re.IGNORECASE))
+        page.get_by_label("password").fill(PASSWORD)
+        page.get_by_role("button", name="Login").click()
+        page.wait_for_selector("#message textarea")
+        send(page, "hello")
+        ended(page)
+
+
+def test_it_listens_to_this_machine_alone(url: str) -> None:
+    port = urllib.parse.urlsplit(url).port
+    others = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
+    listening = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    mine = [fields[1] for fields in listening if fields[3] == "0A" and fields[1].endswith(f":{port:04X}")]
+    assert mine == [f"0100007F:{port:04X}"]
+    for address in others:
+        with pytest.raises(OSError):
+            socket.create_connection((address, port), timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--terminal", "--port", "80"], "--port is of the page"),
+        (["--terminal", "--listen", "127.0.0.1"], "--listen is of the page"),
+        (["--seconds", "0"], "--seconds above 0"),
+        (["--history", "-1"], "invalid history value"),
+    ],
+)
+def test_options_that_cannot_take_effect_are_errors(run: Path, options: list[str], complaint: str) -> None:
+    found = run_script("chat.py", run, *options)
+    assert found.returncode == 2
+    assert complaint in found.stderr
