@@ -13,10 +13,11 @@ with a password from the environment; the connection is not encrypted, so over a
 """
 
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from qlora_suite.assistant import load
+from qlora_suite.chat_access import password_for
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.engine import start as start_engine
 from qlora_suite.recipe import Chat
@@ -26,12 +27,8 @@ from qlora_suite.tracking import say
 
 def run(args: Namespace) -> None:
     check(args)
-    if not args.terminal:
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        from qlora_suite.chat_page import chat_page  # Gradio takes seconds to import
-        from qlora_suite.chat_server import password_for, serve
-
-        password = password_for(args.listen or "127.0.0.1")
+    address = args.listen or "127.0.0.1"
+    password = None if args.terminal else password_for(address)
     accelerator, dtype = start_engine()
     if accelerator.num_processes > 1:
         raise ValueError("one process answers here; run it without accelerate launch")
@@ -44,8 +41,12 @@ def run(args: Namespace) -> None:
 
         talk(assistant, args.history, args.max_new_tokens, args.seconds)
         return
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from qlora_suite.chat_page import chat_page  # Gradio takes seconds to import
+    from qlora_suite.chat_server import serve
+
     page = chat_page(assistant, args.history, args.max_new_tokens, args.seconds)
-    url = serve(page, args.listen or "127.0.0.1", args.port, password, wait=False)
+    url = serve(page, address, args.port, password)
     say(f"{url} shows {args.target}; Ctrl-C ends it")
     try:
         page.block_thread()
@@ -67,11 +68,11 @@ def history(text: str) -> int | None:
     if text == "all":
         return None
     if not text.isdigit():
-        raise ValueError(text)
+        raise ArgumentTypeError(f"{text!r} is neither a number of exchanges nor all")
     return int(text)
 
 
-if __name__ == "__main__":
+def arguments() -> ArgumentParser:
     parser = parser_for(__doc__)
     parser.add_argument("target", type=Path, help="a run's folder or a recipe's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -84,5 +85,9 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=120, metavar="S", help="most that an answer may take (default: 120)")
     parser.add_argument("--listen", metavar="ADDRESS", help="let other machines in at this address of this one; needs a password")
     parser.add_argument("--port", type=int, metavar="PORT", help="default: the first free one from 7860")
-    args = parser.parse_intermixed_args()
+    return parser
+
+
+if __name__ == "__main__":
+    args = arguments().parse_intermixed_args()
     with_clear_errors(lambda: run(args), debug=args.debug)

@@ -5,7 +5,6 @@ on the list below is refused before Gradio sees it.
 """
 
 import hmac
-import ipaddress
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,10 +13,9 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
+from qlora_suite.chat_access import is_loopback
 from qlora_suite.chat_page import look
 
-PASSWORD_VARIABLE = "QLORA_CHAT_PASSWORD"  # noqa: S105
-SHORTEST_PASSWORD = 12
 WAITING = 16
 """Messages that may wait for their answer; more are refused with a sentence."""
 LARGEST_REQUEST = 2**20
@@ -25,7 +23,7 @@ LARGEST_REQUEST = 2**20
 SERVED = ("/assets/", "/static/", "/svelte/", "/gradio_api/queue/", "/gradio_api/heartbeat/")
 SERVED_EXACTLY = (
     *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/login", "/logout"),
-    *(f"/gradio_api/{name}" for name in ("startup-events", "run/predict", "cancel", "reset", "login_check", "token", "user", "app_id")),
+    *(f"/gradio_api/{name}" for name in ("startup-events", "run/predict", "cancel", "reset", "login_check")),
 )
 HEADERS = {
     # no handler in an attribute runs, whatever a sanitiser lets through, and nothing is fetched from elsewhere
@@ -35,25 +33,6 @@ HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
 }
-
-
-def is_loopback(address: str) -> bool:
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
-
-
-def password_for(address: str) -> str | None:
-    """From the environment, which no list of processes shows. Raises ValueError if others could reach the page without one."""
-    password = os.environ.get(PASSWORD_VARIABLE)
-    if not password and is_loopback(address):
-        return None
-    if not password:
-        raise ValueError(f"--listen {address} lets other machines in, so it needs a password: set {PASSWORD_VARIABLE} in the environment")
-    if len(password) < SHORTEST_PASSWORD:
-        raise ValueError(f"{PASSWORD_VARIABLE} has {len(password)} characters; take at least {SHORTEST_PASSWORD}")
-    return password
 
 
 class Guard:
@@ -92,10 +71,10 @@ class Guard:
         return ""
 
 
-def serve(page: gr.Blocks, address: str, port: int | None, password: str | None, wait: bool = True) -> str:
-    """Serve until interrupted (`wait`), or in the background. Returns the page's address. `port` None: the first free one from 7860.
+def serve(page: gr.Blocks, address: str, port: int | None, password: str | None) -> str:
+    """Serve in the background, until `page.close()`. Returns the page's address. `port` None: the first free one from 7860.
 
-    Raises ValueError if the port is taken, OSError if there is no such address.
+    Raises OSError if the port is taken or there is no such address.
     """
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # read although allowed_paths is empty
     hosts = ("127.0.0.1", "localhost", "::1") if is_loopback(address) else None
@@ -126,6 +105,4 @@ def serve(page: gr.Blocks, address: str, port: int | None, password: str | None,
         },
         **look(),
     )
-    if wait:
-        page.block_thread()
     return url
