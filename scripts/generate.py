@@ -19,6 +19,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def run(args: Namespace) -> None:
     say(f"{headline_of(about)}; {how}, at most {args.max_new_tokens:,} new tokens")
     if file:
         write_answers(assistant, prompts, args, sampling, file)
-    else:
+        return
+    with suppress(KeyboardInterrupt):  # there is nothing to go on with
         show_answers(assistant, prompts, args, sampling)
 
 

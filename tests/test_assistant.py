@@ -1,11 +1,11 @@
 """A finished run that is asked: what it is given of a conversation, and the chat in a terminal."""
 
+import contextlib
 import os
 import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -141,14 +141,12 @@ class Terminal:
     """scripts/chat.py --terminal on a terminal of its own."""
 
     def __init__(self, run: Path, *options: str) -> None:
-        self.fd, child = pty.openpty()
-        command = [sys.executable, str(ROOT / "scripts" / "chat.py"), str(run), "--terminal", *options]
+        script = str(ROOT / "scripts" / "chat.py")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200"}
-        # a session of its own, so that Ctrl-C typed on this terminal reaches it alone
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=child, stdout=child, stderr=child, start_new_session=True, preexec_fn=_own_terminal
-        )
-        os.close(child)
+        self.pid, self.fd = pty.fork()  # a terminal of its own, so that Ctrl-C typed there reaches it alone
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.execve(sys.executable, [sys.executable, script, str(run), "--terminal", *options], environment)
         self.seen = ""
 
     def type(self, text: str) -> None:
@@ -166,13 +164,6 @@ class Terminal:
         return self.seen
 
 
-def _own_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
 @pytest.fixture(scope="module")
 def terminal(run: Path) -> Iterator[Terminal]:
     found = Terminal(run, "--max-new-tokens", "120")
@@ -180,9 +171,10 @@ def terminal(run: Path) -> Iterator[Terminal]:
         found.until(r"you> ")
         yield found
     finally:
-        if found.process.poll() is None:
-            found.process.send_signal(signal.SIGKILL)
-        found.process.wait()
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(found.pid, os.WNOHANG) == (0, 0):
+                os.kill(found.pid, signal.SIGKILL)
+                os.waitpid(found.pid, 0)
         os.close(found.fd)
 
 
@@ -221,9 +213,8 @@ def test_a_person_talks_in_a_terminal(terminal: Terminal, assistant: Assistant) 
         terminal.until(f"error: .*{complaint}.*\nyou> ")
     terminal.type("\x03")
     terminal.until(r"\(/quit or Ctrl-D leaves\)\nyou> ")
-    assert terminal.process.poll() is None
     terminal.type("/quit\r")
-    assert terminal.process.wait(timeout=60) == 0
+    assert os.waitpid(terminal.pid, 0)[1] == 0
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(
