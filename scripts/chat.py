@@ -17,7 +17,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from qlora_suite.assistant import load
-from qlora_suite.chat_access import password_for
+from qlora_suite.chat_access import check_place, password_for
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.engine import start as start_engine
 from qlora_suite.recipe import Chat
@@ -28,7 +28,10 @@ from qlora_suite.tracking import say
 def run(args: Namespace) -> None:
     check(args)
     address = args.listen or "127.0.0.1"
-    password = None if args.terminal else password_for(address)
+    password = None
+    if not args.terminal:
+        password = password_for(address)
+        check_place(address, args.port)
     accelerator, dtype = start_engine()
     if accelerator.num_processes > 1:
         raise ValueError("one process answers here; run it without accelerate launch")

@@ -425,6 +425,19 @@ def test_it_listens_to_this_machine_alone(url: str) -> None:
             socket.create_connection((address, port), timeout=5)
 
 
+def test_a_port_that_is_taken_and_an_address_of_another_machine_are_said_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CHAT_PASSWORD", PASSWORD)
+    chat = script("chat")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen at port {port} of 127.0.0.1: Address already in use"):
+            chat.run(chat.arguments().parse_intermixed_args([str(run), "--port", str(port)]))
+    with pytest.raises(ValueError, match=r"cannot listen at 203.0.113.9: .*; give another --port, or an address of this machine"):
+        chat.run(chat.arguments().parse_intermixed_args([str(run), "--listen", "203.0.113.9"]))
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

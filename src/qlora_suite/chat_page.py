@@ -33,12 +33,17 @@ BOTH = "both, side by side"
 
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container > main { width: 100% !important; }
+.chat .placeholder-content { padding: 0 1.5rem; text-align: center; opacity: .7; }
 #title h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere; }
 #title p { margin: .15rem 0 0; opacity: .8; font-size: .875rem; overflow-wrap: anywhere; }
 .status { min-height: 1.4em; padding: 0 .25rem !important; }
 .status p { margin: 0; font-size: .8rem; opacity: .8; font-variant-numeric: tabular-nums; }
 #message textarea { font-size: 1rem; }
-@media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
+@media (max-width: 640px) {
+  .gradio-container, .gradio-container > main { padding: .25rem !important; }
+  .chat { height: 38vh !important; }
+}
 """
 
 
@@ -172,8 +177,9 @@ def chat_page(
                     chats[side] = gr.Chatbot(
                         label=side,
                         elem_id=f"chat-{side}",
-                        height="52vh",
-                        placeholder=f"The {side} has not been asked yet.",
+                        elem_classes="chat",
+                        height="46vh",
+                        placeholder=placeholder(assistant, side),
                         buttons=["copy"],
                         feedback_options=None,
                         sanitize_html=True,
@@ -206,9 +212,7 @@ def chat_page(
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             system = gr.Textbox(system_prompt, label="System prompt", lines=2, visible=assistant.takes_system, elem_id="system")
             with gr.Row():
-                temperature = gr.Slider(
-                    0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token each time", elem_id="temperature"
-                )
+                temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: greedy", elem_id="temperature")
                 top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="with a temperature", interactive=False)
                 tokens = gr.Slider(1, longest, min(256, longest), step=1, label="New tokens", info="the longest answer", elem_id="tokens")
 
@@ -228,6 +232,13 @@ def chat_page(
             shows = lambda chosen: [gr.update(visible=side in shown_sides(chosen)) for side in sides]  # noqa: E731
             choice.change(shows, choice, list(columns.values()), **quick)
     return page
+
+
+def placeholder(assistant: Assistant, side: str) -> str:
+    """In a chat where nothing was asked."""
+    if side == "base" and assistant.has_adapter:
+        return f"The same weights without the adapter, asked in the chat format that it learnt ({assistant.subject.format})."
+    return f"Ask the {side} something."
 
 
 def status(piece: Piece, prompt_tokens: int, left_out: int) -> str:
