@@ -12,6 +12,7 @@ import math
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -78,7 +79,9 @@ def chat_page(
     def settings(system: str | None, temperature: float, top_p: float, tokens: float) -> tuple[str | None, Sampling | None, int]:
         """Raises ValueError: what a browser sends need not come from the page's sliders."""
         numbers = (temperature, top_p, tokens)
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or not 1 <= tokens <= longest or temperature > 2:
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or not (
+            1 <= tokens <= longest and 0 <= temperature <= 2
+        ):
             raise ValueError(f"the settings are out of their bounds: at most {longest} new tokens and a temperature of 2")
         check_length(system or "")
         sampling = Sampling(temperature, top_p, seed=secrets.randbits(32)) if temperature > 0 else None
@@ -120,6 +123,9 @@ def chat_page(
                 del live[side]
         except ValueError as error:
             complaint = str(error)
+        except RuntimeError as error:  # the card's memory, for example: the page must not wait for ever
+            complaint = f"the model could not answer ({type(error).__name__}); its console says why"
+            traceback.print_exc()
         finally:
             stops.pop(request.session_hash, None)
         if complaint:
