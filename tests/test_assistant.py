@@ -1,4 +1,5 @@
 """A finished run that is asked: what it is given of a conversation, and the chat in a terminal."""
+# ruff: noqa: F811 (fixtures are imported)
 
 import contextlib
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from talking import ANSWERS, EMOJI, LONG, talking_run
+from talking import ANSWERS, EMOJI, LONG, assistant, run  # noqa: F401
 
 from qlora_suite import history
 from qlora_suite.assistant import Assistant, load
@@ -24,17 +25,6 @@ from qlora_suite.prompts import check_system, prompts_of, rows_of
 from qlora_suite.safe_markdown import safe_markdown
 from qlora_suite.streaming import Limits, stream
 from qlora_suite.subject import subject_of
-
-
-@pytest.fixture(scope="module")
-def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return talking_run(tmp_path_factory.mktemp("talking"), tiny_base)
-
-
-@pytest.fixture(scope="module")
-def assistant(run: Path) -> Assistant:
-    return load(subject_of(run, []), torch.device("cpu"), torch.float32)
-
 
 # --- the history
 

@@ -1,4 +1,5 @@
 """scripts/chat.py: the page, used in a real browser as a person does, and attacked as a person would."""
+# ruff: noqa: F811 (fixtures are imported)
 
 import contextlib
 import json
@@ -23,15 +24,14 @@ from browser import chromium, page  # noqa: F401
 from conftest import ROOT, run_script
 from in_process import script
 from playwright.sync_api import Page, expect
-from talking import ANSWERS, HOSTILE, LONG, talking_run
+from talking import ANSWERS, HOSTILE, LONG, assistant, run  # noqa: F401
 
-from qlora_suite.assistant import Assistant, load
+from qlora_suite.assistant import Assistant
 from qlora_suite.chat_access import password_for
 from qlora_suite.chat_page import chat_page
 from qlora_suite.chat_server import serve
 from qlora_suite.conversations import Turn
 from qlora_suite.streaming import stream
-from qlora_suite.subject import subject_of
 
 expect.set_options(timeout=60_000)  # a hang guard: how fast the page is, is not judged
 PASSWORD = "correct horse battery"
@@ -41,16 +41,6 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return talking_run(tmp_path_factory.mktemp("talking"), tiny_base)
-
-
-@pytest.fixture(scope="module")
-def assistant(run: Path) -> Assistant:
-    return load(subject_of(run, []), torch.device("cpu"), torch.float32)
 
 
 @contextlib.contextmanager
@@ -76,27 +66,27 @@ def url(run: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def talk(page: Page, url: str) -> Page:  # noqa: F811
+def talk(page: Page, url: str) -> Page:
     return opened(page, url)
 
 
-def opened(page: Page, url: str) -> Page:  # noqa: F811
+def opened(page: Page, url: str) -> Page:
     page.set_default_timeout(60_000)
     page.goto(url)
     page.wait_for_selector("#message textarea")
     return page
 
 
-def send(page: Page, text: str) -> None:  # noqa: F811
+def send(page: Page, text: str) -> None:
     page.fill("#message textarea", text)
     page.click("#send")
 
 
-def answers(page: Page, side: str = "adapter") -> Any:  # noqa: F811
+def answers(page: Page, side: str = "adapter") -> Any:
     return page.locator(f"#chat-{side} .bot.message")
 
 
-def ended(page: Page, number: int = 1, side: str = "adapter") -> str:  # noqa: F811
+def ended(page: Page, number: int = 1, side: str = "adapter") -> str:
     """The line under the chat, once its answer is complete."""
     expect(answers(page, side)).to_have_count(number)
     status = page.locator(f"#status-{side}")
@@ -229,7 +219,7 @@ def slow(assistant: Assistant) -> Iterator[Slow]:
     found.handle.remove()
 
 
-def test_a_model_that_fails_is_said_to_and_the_page_goes_on(page: Page, assistant: Assistant) -> None:  # noqa: F811
+def test_a_model_that_fails_is_said_to_and_the_page_goes_on(page: Page, assistant: Assistant) -> None:
     """Out of memory behind the first tokens."""
     calls = []
 
@@ -269,7 +259,7 @@ def in_process(assistant: Assistant) -> Iterator[tuple[str, list[list[int]]]]:
 
 
 def test_stop_ends_the_generation_and_keeps_what_was_said(
-    page: Page,  # noqa: F811
+    page: Page,
     in_process: tuple[str, list[list[int]]],
     slow: Slow,
     assistant: Assistant,
@@ -304,7 +294,7 @@ def test_stop_ends_the_generation_and_keeps_what_was_said(
 
 
 def test_who_closes_the_tab_leaves_the_model_to_others(
-    chromium: Any,  # noqa: F811
+    chromium: Any,
     in_process: tuple[str, list[list[int]]],
     slow: Slow,
     assistant: Assistant,
@@ -432,8 +422,27 @@ def test_others_are_let_in_with_a_password_alone(run: Path, monkeypatch: pytest.
     assert [password_for(address) for address in ("127.0.0.1", "localhost", "::1")] == [None] * 3
 
 
-def test_without_the_password_nothing_is_served_and_with_it_everything(run: Path, page: Page) -> None:  # noqa: F811
-    with chat(run, "--listen", "0.0.0.0", env={"QLORA_CHAT_PASSWORD": PASSWORD}) as address:
+def test_what_the_command_line_says_reaches_the_server(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, given = script("chat"), []
+
+    def served(*arguments: Any) -> None:
+        given.append(arguments[1:])
+        raise SystemExit(0)
+
+    monkeypatch.setattr("qlora_suite.chat_server.serve", served)
+    monkeypatch.setenv("QLORA_CHAT_PASSWORD", PASSWORD)
+    for options in ([], ["--listen", "0.0.0.0", "--port", str(port := free_port())]):
+        with pytest.raises(SystemExit):
+            chat.run(chat.arguments().parse_intermixed_args([str(run), *options]))
+    assert given == [("127.0.0.1", None, PASSWORD), ("0.0.0.0", port, PASSWORD)]
+
+
+def test_without_the_password_nothing_is_served_and_with_it_everything(page: Page, assistant: Assistant) -> None:
+    blocks = chat_page(assistant)
+    try:
+        port = free_port()
+        serve(blocks, "0.0.0.0", port, PASSWORD)
+        address = f"http://127.0.0.1:{port}/"
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         for path in ("config", "gradio_api/queue/data?session_hash=a"):
             assert got(address + path)[0] == 401
@@ -450,6 +459,8 @@ def test_without_the_password_nothing_is_served_and_with_it_everything(run: Path
         page.wait_for_selector("#message textarea")
         send(page, "hello")
         ended(page)
+    finally:
+        blocks.close(verbose=False)
 
 
 def test_it_listens_to_this_machine_alone(url: str) -> None:

@@ -1,10 +1,12 @@
 """scripts/generate.py: answers that do not depend on what else is asked, read from anywhere, written so that nothing is lost."""
+# ruff: noqa: F811 (fixtures are imported)
 
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from in_process import lines, script
-from talking import ANSWERS, EMOJI, talking_run
+from talking import ANSWERS, EMOJI, assistant, run  # noqa: F401
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from qlora_suite import streaming
@@ -29,16 +31,6 @@ from qlora_suite.subject import subject_of
 from qlora_suite.terminal_text import printable
 
 QUESTIONS = ["hello", "Why is the sky blue, and the sea, and everything between them?", "emoji", "No.", "count", "What?"]
-
-
-@pytest.fixture(scope="module")
-def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return talking_run(tmp_path_factory.mktemp("talking"), tiny_base)
-
-
-@pytest.fixture(scope="module")
-def assistant(run: Path) -> Assistant:
-    return load(subject_of(run, []), torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -133,6 +125,13 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     assert ((seen - expected)[kept] ** 2 / expected[kept]).sum() < 30  # 5 degrees of freedom: one in 70,000
 
 
+def test_a_token_that_was_left_out_is_not_drawn_at_the_edge_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token has no share, and the number drawn is exactly 0."""
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(1, dtype=torch.float64))
+    draw = Draw(Sampling(temperature=1.0, top_k=2), [torch.Generator()])
+    assert draw(None, torch.tensor([[0.0, 2.0, 1.0]])).argmax().item() == 1
+
+
 def test_the_base_s_own_generation_settings_change_nothing(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2.5 comes with a repetition penalty: it would bend the answers that the loss was made for."""
     ids = prompts(assistant, "count")
@@ -177,11 +176,14 @@ def test_whoever_stops_or_leaves_a_stream_ends_its_thread(assistant: Assistant) 
     last = list(pieces)[-1]
     assert last.ended == "stopped"
     assert first.num_tokens <= last.num_tokens < 200
+    passes = []
+    handle = assistant.net.register_forward_pre_hook(lambda *_: passes.append(time.sleep(0.01)))
     pieces = stream(assistant, ids, Limits(200), base=True)
     next(pieces)
     pieces.close()
+    handle.remove()
+    assert len(passes) < 100, "it went on to the end"
     assert not assistant.lock.locked()
-    assert not [thread for thread in threading.enumerate() if thread.daemon and "run" in thread.name]
 
 
 # --- the script
@@ -227,7 +229,7 @@ def test_an_interrupted_file_is_gone_on_with(
 ) -> None:
     """Killed within a line and interrupted within a batch: the file is the one that an uninterrupted call writes, drawn answers too."""
     source = tmp_path / "prompts.jsonl"
-    asked = [{"prompt": q} for q in [*QUESTIONS, "What?", "What?"]]
+    asked = [{"prompt": q} for q in [*QUESTIONS[::-1], "What?", "What?"]]
     asked[1] = {
         "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Oh."}, {"role": "user", "content": "No."}]
     }
