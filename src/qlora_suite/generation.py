@@ -1,4 +1,4 @@
-"""Answers from the model in training, and what can be measured of them: the preview timeline."""
+"""Answers from a model, in training or finished, and what can be measured of them: the preview timeline."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Turn
@@ -60,7 +61,89 @@ class _Asked(StoppingCriteria):
         return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
 
 
+class _Limits(StoppingCriteria):
+    """Ends each row at a length of its own."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return (input_ids.shape[1] >= self.lengths).to(input_ids.device)
+
+
+class _Hearing(BaseStreamer):
+    def __init__(self, hear: Callable[[int], None]) -> None:
+        self.hear, self.prompt_came = hear, False
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_came:
+            self.hear(int(value))
+        self.prompt_came = True
+
+    def end(self) -> None:
+        pass
+
+
+NEUTRAL = {
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "sequence_bias", "min_new_tokens", "max_time", "stop_strings", "guidance_scale")),
+    **{"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "renormalize_logits": False},
+}
+"""generate() would take them from the base's generation_config (Qwen2.5: a repetition penalty), for which nothing was trained."""
+
+
 @torch.no_grad()
+def decode(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    max_new_tokens: int | Sequence[int],
+    stop: Callable[[], bool] = lambda: False,
+    draw: LogitsProcessor | None = None,
+    hear: Callable[[int], None] | None = None,
+    in_step: bool = False,
+) -> list[list[int]] | None:
+    """What the model says behind each prompt's ids, in one batch padded on the left: the likeliest tokens, or those that `draw` leaves.
+
+    Each row goes to its first stop token and holds it, or to its limit; one limit for all, or one each. The model keeps the mode it was in.
+    `stop` is asked after every token, and None is returned once it says so. `hear` (with one prompt) is told each token as it comes.
+    """
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    device, longest, pad = next(model.parameters()).device, max(map(len, prompts)), stop_ids[0]
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    was_training = model.training
+    model.eval()
+    asked = _Asked(stop)
+    criteria = [asked] if len(set(limits)) == 1 else [asked, _Limits([longest + limit for limit in limits])]
+    try:
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            do_sample=False,
+            max_new_tokens=max(limits),
+            eos_token_id=list(stop_ids),
+            pad_token_id=pad,
+            use_cache=True,
+            logits_processor=LogitsProcessorList([draw] if draw else []),
+            stopping_criteria=StoppingCriteriaList(criteria),
+            streamer=_Hearing(hear) if hear else None,
+            synced_gpus=in_step,
+            **NEUTRAL,
+        )
+    finally:
+        model.train(was_training)
+    if asked.stopped:
+        return None
+    return [_until(row[:limit], stop_ids) for row, limit in zip(output[:, longest:].tolist(), limits, strict=True)]
+
+
+def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """Up to the first stop token, with it; the batch pads what comes behind."""
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+    return ids if end is None else ids[: end + 1]
+
+
 def answer(
     model: nn.Module,
     renderer: Renderer,
@@ -69,37 +152,17 @@ def answer(
     stop: Callable[[], bool] = lambda: False,
     in_step: bool = False,
 ) -> list[Answer] | None:
-    """Greedy answers to chats that end on a user turn, in one batch padded on the left. The model keeps the mode it was in.
+    """Greedy answers to chats that end on a user turn, in one batch.
 
     `in_step`: no rank stops before all have (they generate the same, but for rounding). None if `stop` says so on the way.
     """
-    prompts, stop_ids = [renderer.prompt(turns) for turns in chats], renderer.stop_token_ids
-    device, longest, pad = next(model.parameters()).device, max(map(len, prompts)), stop_ids[0]
-    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    was_training = model.training
-    model.eval()
-    asked = _Asked(stop)
-    try:
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(stop_ids),
-            pad_token_id=pad,
-            use_cache=True,
-            stopping_criteria=StoppingCriteriaList([asked]),
-            synced_gpus=in_step,
-        )
-    finally:
-        model.train(was_training)
-    if asked.stopped:
-        return None
-    return [_answer(turns[-1].content, row.tolist(), renderer) for turns, row in zip(chats, output[:, longest:], strict=True)]
+    prompts = [renderer.prompt(turns) for turns in chats]
+    found = decode(model, prompts, renderer.stop_token_ids, max_new_tokens, stop, in_step=in_step)
+    return None if found is None else [answer_of(turns[-1].content, ids, renderer) for turns, ids in zip(chats, found, strict=True)]
 
 
-def _answer(prompt: str, ids: list[int], renderer: Renderer) -> Answer:
+def answer_of(prompt: str, ids: Sequence[int], renderer: Renderer) -> Answer:
+    """What generated ids say and how they ended."""
     end = next((i for i, token in enumerate(ids) if token in renderer.stop_token_ids), None)
     kept = ids if end is None else ids[:end]
     return Answer(prompt, renderer.answer_text(kept), len(kept), end is not None, repetition(kept))

@@ -254,6 +254,10 @@ class ModelTemplate:
         lead = next((lead for lead in self._leads if lead and text.startswith(lead)), "")
         return text.removeprefix(lead)
 
+    def may_become_lead(self, text: str) -> bool:
+        """Is this, the beginning of a generated answer, also the beginning of what the template writes in front of one?"""
+        return any(lead != text and lead.startswith(text) for lead in self._leads)
+
     def _answers(self, text: str, messages: list[dict[str, str]], learn: list[bool]) -> list[_Answer]:
         """Where each answer stands. Raises ValueError if the last one does not stand behind its prompt, where it is to be learnt."""
         answers = []
