@@ -14,7 +14,7 @@ were made from, so that nothing is computed twice.
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 from torch import nn
 
 from qlora_suite import dataset
@@ -31,6 +31,7 @@ from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.comparison import Scores, compare, describe_data
+from qlora_suite.conversations import Conversation
 from qlora_suite.engine import autocast
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, excerpts, release_memory, score_within_memory
@@ -41,17 +42,32 @@ from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Chat, Model
 from qlora_suite.report import cut_line, headline, left_out_lines, markdown, result_table
+from qlora_suite.report_page import journals_of, report_page
 from qlora_suite.run_folder import hardware
-from qlora_suite.subject import Column, Subject, columns_of, renderers_of, subject_of
+from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, read_answers
+from qlora_suite.subject import Column, Subject, columns_of, renderer_of, renderers_of, subject_of
 from qlora_suite.tracking import console, say
 from qlora_suite.watchdog import exit_at_once_on_errors
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 LOGIT_BYTES = {"cpu": 2 * 2**30, "cuda": 8 * 2**30}
 """For the logits of all places in fp32, three times: as they are, as log-probabilities, and something in between."""
+NUM_ANSWERS = 6
+"""Held-out questions that are answered for reading."""
+ANSWER_TOKENS = 160
+"""Room for 100 words of English."""
 
 
-def run(target: Path, overrides: list[str], adapter: str | None = None, model: str | None = None, chat: str | None = None) -> None:
+def run(
+    target: Path,
+    overrides: list[str],
+    adapter: str | None = None,
+    model: str | None = None,
+    chat: str | None = None,
+    *,
+    num_answers: int = NUM_ANSWERS,
+    answer_tokens: int = ANSWER_TOKENS,
+) -> None:
     accelerator, dtype = start_engine()
     console.quiet = not accelerator.is_main_process
     with together(accelerator):
@@ -81,6 +97,8 @@ def run(target: Path, overrides: list[str], adapter: str | None = None, model: s
     with together(accelerator):
         if not scores:
             raise ValueError(f"there is nothing to report: {'; '.join(left['why'] for left in left_out)}")
+    answers = side_by_side(subject, everything, accelerator, dtype, num_answers, answer_tokens) if num_answers else None
+    with together(accelerator):
         if accelerator.is_main_process:
             report = {
                 **compare(scores, {c.name: c.label for c in columns}, subject.format, recipe.evaluation.bootstrap_samples),
@@ -88,19 +106,23 @@ def run(target: Path, overrides: list[str], adapter: str | None = None, model: s
                 **describe_data(recipe, manifest, found, cut),
                 "chosen_by": subject.chosen_by,
                 "made_by": {**versions(), "precision": str(dtype).removeprefix("torch."), **hardware(accelerator.device)},
+                "weights": weight_hashes(subject.adapter),
+                "answers": answers,
             }
-            write_and_show(report, subject)
+            write_and_show(report, report_page(report, subject, manifest, everything, journals_of(subject)), subject)
 
 
-def write_and_show(report: dict[str, Any], subject: Subject) -> None:
-    """report.md, report.json and what stands on the console."""
-    paths = [subject.folder / f"{subject.report}.{ending}" for ending in ("md", "json")]
+def write_and_show(report: dict[str, Any], page: str, subject: Subject) -> None:
+    """report.md, report.json, report.html and what stands on the console."""
+    paths = [subject.folder / f"{subject.report}.{ending}" for ending in ("md", "json", "html")]
     write_text(paths[0], markdown(report))
     write_json(paths[1], report)
+    write_text(paths[2], page)
     console.print(result_table(report))
     for line in (headline(report), *left_out_lines(report), *([cut_line(report)] if report["cut"]["answers"] else [])):
         say(line)
     say(f"wrote {paths[0]} and {paths[1]}")
+    say(f"with curves, conversations and answers, as a page for the browser: {paths[2]}")
 
 
 def what_fits(everything: Sequence[Any], renderers: Sequence[Renderer], window: int) -> tuple[list[Excerpt], Cut]:
@@ -159,6 +181,78 @@ def scores_of(
             if accelerator.is_main_process:
                 write_json(files[name], [asdict(s) for s in scores[name]])
     return {name: scores[name] for name in column.renderers}
+
+
+def side_by_side(
+    subject: Subject, everything: Sequence[Conversation], accelerator: Accelerator, dtype: torch.dtype, count: int, max_new_tokens: int
+) -> dict[str, Any] | None:
+    """Answers of base and adapter for reading, as they stand in report.json: made, or read from the files of an earlier call.
+
+    The main process makes them, and the ranks meet between two batches, so that none waits longer than one takes.
+    """
+    work: Iterator[Any] = iter(())
+    files: dict[str, Path] = {}
+    with together(accelerator):
+        if accelerator.is_main_process:
+            renderer = renderer_of(subject)
+            prompts = chosen_prompts(everything, renderer, count, subject.recipe.data.max_length - max_new_tokens)
+            files = answer_files(subject, renderer, prompts, max_new_tokens, dtype) if prompts else {}
+            work = with_bar(subject, files, prompts, max_new_tokens, accelerator.device, dtype)
+    going = True
+    while going:
+        with together(accelerator):
+            going = next(work, work) is not work
+        going = gathered(accelerator, going)[0]
+    release_memory()
+    if not files:
+        return None
+    labels = {"base": f"base, {subject.recipe.model.quantization}", "adapter": "model" if subject.model else "adapter"}
+    columns = {name: {"label": labels[name], **as_column(read_answers(file))} for name, file in files.items()}
+    return {"max_new_tokens": max_new_tokens, "prompts": [prompt.record() for prompt in prompts], "columns": columns}
+
+
+def with_bar(
+    subject: Subject, files: dict[str, Path], prompts: Sequence[Prompt], max_new_tokens: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """`answer_all`, token by token."""
+    missing = [name for name, file in files.items() if not file.is_file()]
+    if missing and not console.is_terminal:
+        say(f"answering {len(prompts)} prompts for reading: {', '.join(missing)}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (missing and console.is_terminal)) as bars:
+        batches = sum(1 for _ in range(0, len(prompts), BATCH))
+        task = bars.add_task("answering, to be read side by side", total=len(missing) * batches * max_new_tokens)
+        yield from answer_all(subject, files, prompts, max_new_tokens, device, dtype, lambda: bars.advance(task))
+
+
+def answer_files(
+    subject: Subject, renderer: Renderer, prompts: Sequence[Prompt], max_new_tokens: int, dtype: torch.dtype
+) -> dict[str, Path]:
+    """Of base and adapter, whichever there are: where their answers are kept, under names that hold what they were made from."""
+    model = Model(base=subject.model, quantization="none") if subject.model else subject.recipe.model
+    adapters = (
+        {"adapter": subject.adapter} if subject.model else {"base": None, "adapter": subject.adapter} if subject.adapter else {"base": None}
+    )
+    files = {}
+    for name, adapter in adapters.items():
+        made_from = {
+            "model": base_fingerprint(model),
+            "quantization": [model.quantization, model.double_quantization, quantized_from(model, dtype)],
+            "adapter": fingerprint_of(adapter),
+            "precision": str(dtype),
+            "prompts": [prompt.record() for prompt in prompts],
+            "max_new_tokens": max_new_tokens,
+            "chat": renderer.chat.model_dump(),
+            "tokenizer": tokenizer_hash(renderer.tokenizer),
+            "versions": versions(),
+        }
+        files[name] = subject.folder / "evaluation" / f"answers-{name}-{hash_of(made_from)[:16]}.json"
+    return files
+
+
+def weight_hashes(adapter: str | None) -> dict[str, str]:
+    """For the environment part of the page."""
+    return dict(zip(("adapter_model.safetensors", "adapter_config.json"), fingerprint_of(adapter) or (), strict=False))
 
 
 def score_files(column: Column, subject: Subject, found: Sequence[Excerpt], dtype: torch.dtype) -> dict[str, Path]:
@@ -225,7 +319,28 @@ if __name__ == "__main__":
     parser.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id) to put on the recipe's base")
     parser.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
     parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
+    parser.add_argument(
+        "--answers",
+        type=int,
+        default=NUM_ANSWERS,
+        metavar="N",
+        help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})",
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=ANSWER_TOKENS, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})"
+    )
     args = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, end_at_once)
     with exit_at_once_on_errors():
-        with_clear_errors(lambda: run(args.target, args.overrides, args.adapter, args.model, args.format), debug=args.debug)
+        with_clear_errors(
+            lambda: run(
+                args.target,
+                args.overrides,
+                args.adapter,
+                args.model,
+                args.format,
+                num_answers=args.answers,
+                answer_tokens=args.answer_tokens,
+            ),
+            debug=args.debug,
+        )

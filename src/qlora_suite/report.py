@@ -36,25 +36,27 @@ def cut_line(report: dict[str, Any]) -> str:
 
 def result_table(report: dict[str, Any]) -> Table:
     """Formats by models, bits per byte and perplexity."""
-    table = Table(title="bits per byte (perplexity) of the answers' content", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title="bits per byte (perplexity) of the answers' content (lower is better)", title_justify="left", box=None, pad_edge=False
+    )
     table.add_column("format")
-    for _, label in _columns(report):
+    for _, label in shown_columns(report):
         table.add_column(label, justify="right")
     for name, cells in report["formats"].items():
-        table.add_row(name, *(_cell(cells.get(column)) for column, _ in _columns(report)))
+        table.add_row(name, *(_cell(cells.get(column)) for column, _ in shown_columns(report)))
     return table
 
 
 def markdown(report: dict[str, Any]) -> str:
     """report.md."""
-    columns = _columns(report)
+    columns = shown_columns(report)
     lines = ["# Evaluation", "", headline(report), ""]
     lines += ["| format | " + " | ".join(label for _, label in columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, cells in report["formats"].items():
         lines.append(f"| {name} | " + " | ".join(_cell(cells.get(column)) for column, _ in columns) + " |")
     lines += ["", "Bits per byte of the answers' content (perplexity per token in brackets). Lower is better.", ""]
     lines += [f"**{line[0].upper()}{line[1:]}**\n" for line in left_out_lines(report)]
-    lines += ["## What was measured", "", *(f"- {line}" for line in _facts(report)), ""]
+    lines += ["## What was measured", "", *(f"- {line}" for line in facts(report)), ""]
     if report["slices"]:
         with_base = "base" in report["slices"][0]
         lines += ["## Slices", "", "| by | slice | answers | base | adapter | difference |", "|---|---|---:|---:|---:|---:|"]
@@ -67,7 +69,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _columns(report: dict[str, Any]) -> list[tuple[str, str]]:
+def shown_columns(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, label) of the models that were scored, in the order in which they are shown."""
     present = {column for cells in report["formats"].values() for column in cells}
     labels = dict(COLUMNS) | report["labels"]
     return [(column, labels[column]) for column, _ in COLUMNS if column in present]
@@ -77,7 +80,8 @@ def _cell(scores: dict[str, float] | None) -> str:
     return f"{scores['bits_per_byte']:.4f} ({scores['perplexity']:.2f})" if scores else "-"
 
 
-def _facts(report: dict[str, Any]) -> list[str]:
+def facts(report: dict[str, Any]) -> list[str]:
+    """What was measured, in sentences."""
     data = report["data"]
     scored = report["adapter"] or report["base"]
     facts = [
