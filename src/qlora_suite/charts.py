@@ -7,6 +7,7 @@ An SVG made here has no style attribute, no script and no link, so that it stand
 
 import io
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -80,7 +81,7 @@ def lines(series: Sequence[Series], label: str, percent: bool = False, from_zero
             x, y = _thinned(one)
             style = {"marker": "o", "markersize": 3.2} if one.points else {}
             axes.plot(x, y, color=COLOURS[one.colour], linewidth=1.0 if one.faint else 1.6, alpha=0.55 if one.faint else 1.0, **style)
-        axes.set_xlabel("step", loc="right", fontsize=7.5, labelpad=1)
+        axes.set_xlabel("step", loc="right", fontsize=7.5, labelpad=3)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if percent:
             axes.set_ylim(-0.03, 1.03)
@@ -103,7 +104,7 @@ def histogram(values: Sequence[float], label: str, unit: str) -> Markup:
         colours = [COLOURS["good" if (a + b) / 2 < 0 else "bad"] for a, b in pairwise(edges)]
         axes.bar((edges[1:] + edges[:-1]) / 2, counts, width=(edges[1] - edges[0]) * 0.86, color=colours)
         axes.axvline(0, color=COLOURS["muted"], linewidth=0.8)
-        axes.set_xlabel(unit, loc="right", fontsize=7.5, labelpad=1)
+        axes.set_xlabel(unit, loc="right", fontsize=7.5, labelpad=3)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         return _svg(figure, label)
 
@@ -121,7 +122,7 @@ def strips(rows: Sequence[tuple[str, Sequence[float], str]], label: str, unit: s
         axes.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlim(left=0)
-        axes.set_xlabel(unit, loc="right", fontsize=7.5, labelpad=1)
+        axes.set_xlabel(unit, loc="right", fontsize=7.5, labelpad=3)
         return _svg(figure, label)
 
 
@@ -157,7 +158,7 @@ def intervals(rows: Sequence[Interval], label: str, unit: str, mark: float | Non
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.ticklabel_format(axis="x", useOffset=False)
-        axes.set_xlabel(unit, loc="right", fontsize=7.5, labelpad=1)
+        axes.set_xlabel(unit, loc="right", fontsize=7.5, labelpad=3)
         return _svg(figure, label)
 
 
@@ -200,7 +201,7 @@ def recoloured(svg: str, label: str) -> str:
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", XLINK)
     root = ElementTree.fromstring(svg)  # noqa: S314  matplotlib's own, no foreign document
-    prefix = f"c{abs(hash_text(svg)):x}-"
+    prefix = f"c{zlib.crc32(svg.encode()):x}-"
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.rpartition("}")[2] in ("style", "metadata"):
@@ -222,13 +223,6 @@ def recoloured(svg: str, label: str) -> str:
     root.set("role", "img")
     root.set("aria-label", label)
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def hash_text(text: str) -> int:
-    """The same in every process, as `hash` is not."""
-    import zlib
-
-    return zlib.crc32(text.encode("utf-8", "replace"))
 
 
 def _presentation(style: str) -> dict[str, str]:

@@ -9,11 +9,10 @@ script, and its Content-Security-Policy allows nothing but its own style sheet.
 import base64
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -32,6 +31,15 @@ from qlora_suite.tracking import read_journal
 LN2 = math.log(2)
 MOST_SHOWN = 10
 """Conversations of either kind: improved, worsened."""
+QUANTILES = (
+    ("lowest", 0.0),
+    ("10 % are below", 0.1),
+    ("25 % are below", 0.25),
+    ("median", 0.5),
+    ("75 % are below", 0.75),
+    ("90 % are below", 0.9),
+    ("highest", 1.0),
+)
 MOST_CHARS = 1500
 """Of one turn."""
 MOST_PREVIEWS = 12
@@ -153,12 +161,14 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
         if any(sides):
             tiles.append({"label": label, "base": sides[0], "adapter": sides[1]})
 
+    if d := report["difference"]:
+        tiles.append({"label": "Trees on which the adapter is better", "base": "", "adapter": f"{d['better_trees']} of {d['trees']}"})
     add("Perplexity per token", lambda s: s["perplexity"], lambda v: f"{v:,.2f}")
     asked = report.get("answers") or {"columns": {}}
     of_answers = {id(base): asked["columns"].get("base"), id(adapter): asked["columns"].get("adapter")}
-    add("Sample answers that end by themselves", lambda s: (of_answers[id(s)] or {}).get("stopped"), lambda v: f"{v:.0%}")
-    add(f"Ended within {CONCISE_WORDS} words", lambda s: (of_answers[id(s)] or {}).get("concise"), lambda v: f"{v:.0%}")
-    add("Repetition in them", lambda s: (of_answers[id(s)] or {}).get("repetition"), lambda v: f"{v:.0%}")
+    add("Answers ended by themselves", lambda s: (of_answers[id(s)] or {}).get("stopped"), lambda v: f"{v:.0%}")
+    add(f"Answers ended within {CONCISE_WORDS} words", lambda s: (of_answers[id(s)] or {}).get("concise"), lambda v: f"{v:.0%}")
+    add("Repetition in answers", lambda s: (of_answers[id(s)] or {}).get("repetition"), lambda v: f"{v:.0%}")
     return tiles
 
 
@@ -226,6 +236,7 @@ def differences(report: Mapping[str, Any], conversations: Sequence[Conversation]
         "num_improved": len(improved),
         "num_worsened": len(worsened),
         "median": sorted(changes)[len(changes) // 2],
+        "quantiles": [(name, float(np.quantile(changes, share))) for name, share in QUANTILES],
         "improved": shown(improved[:MOST_SHOWN]),
         "worsened": shown(worsened[:MOST_SHOWN]),
     }
@@ -332,7 +343,3 @@ def _capsule(report: Mapping[str, Any], run: Mapping[str, Any], manifest: Mappin
 
 def _flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), str(value)) for name, value in values.items()]
-
-
-def slug(path: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name)
