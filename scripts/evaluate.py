@@ -5,14 +5,19 @@
     python scripts/evaluate.py runs/quickstart                          a run: its chosen checkpoint against its base
     python scripts/evaluate.py recipes/phi2_oasst1.yaml --adapter someone/phi-2-lora --format human_assistant
     python scripts/evaluate.py recipes/phi2_oasst1.yaml --model someone/phi-2-merged
+    python scripts/evaluate.py --compare runs/a runs/b runs/c           evaluated runs side by side
 
-The last two take an adapter or a full model that was trained elsewhere; --format says in which chat format (else: the recipe's).
+The third and fourth take an adapter or a full model that was trained elsewhere; --format says in which chat format (else: the recipe's).
 Under `accelerate launch`, with any config, the processes share out the answers, each with a whole model; the report is the same.
-Reports go to the run's folder or the recipe's output.dir: report.md and report.json for a run, report-base for the base alone,
-report-NAME for an adapter or a model. The validation split is read here alone. Scores are kept beside the report by what they
+Reports go to the run's folder or the recipe's output.dir: report.html, report.md and report.json for a run, report-base for the base
+alone, report-NAME for an adapter or a model. report.html is one page for the browser that needs no network: curves, conversations,
+and answers of base and adapter side by side (--answers, --answer-tokens). --compare reads finished reports and writes compare.html
+and compare.md: settings that differ, and runs that differ in their seed alone as mean and standard deviation. The validation split is read here alone. Scores are kept beside the report by what they
 were made from, so that nothing is computed twice.
 """
 
+import argparse
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -25,11 +30,13 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 from torch import nn
 
-from qlora_suite import dataset
+from qlora_suite import compared_runs, dataset
 from qlora_suite.adapter import adapter_folder, load_adapter
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
+from qlora_suite.compare_page import compare_page
+from qlora_suite.compared_runs import comparison_of
 from qlora_suite.comparison import Scores, compare, describe_data
 from qlora_suite.conversations import Conversation
 from qlora_suite.engine import autocast
@@ -123,6 +130,17 @@ def write_and_show(report: dict[str, Any], page: str, subject: Subject) -> None:
         say(line)
     say(f"wrote {paths[0]} and {paths[1]}")
     say(f"with curves, conversations and answers, as a page for the browser: {paths[2]}")
+
+
+def compare_runs(folders: list[Path], output: Path | None) -> None:
+    """compare.html and compare.md, in the folder that all runs have in common unless another is named."""
+    sets = comparison_of(folders)
+    output = output or Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+    text = compared_runs.markdown(sets)
+    write_text(output / "compare.md", text)
+    write_text(output / "compare.html", compare_page(sets))
+    say(text)
+    say(f"wrote {output / 'compare.md'} and, as a page for the browser, {output / 'compare.html'}")
 
 
 def what_fits(everything: Sequence[Any], renderers: Sequence[Renderer], window: int) -> tuple[list[Excerpt], Cut]:
@@ -312,35 +330,37 @@ def end_at_once(*_: object) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
+def main(args: argparse.Namespace) -> None:
+    """What the command line asks for. Raises ValueError for options that cannot take effect."""
+    if args.compare:
+        if others := [name for name, value in vars(args).items() if value and name not in ("compare", "output", "debug")]:
+            raise ValueError(f"--compare reads reports that are there; {', '.join(others)} has no effect with it")
+        compare_runs(args.compare, args.output)
+        return
+    if args.target is None:
+        raise ValueError("give a recipe's YAML file or a run's folder, or --compare RUN RUN ...")
+    if args.output:
+        raise ValueError("--output says where --compare writes; a report goes to the run's folder or the recipe's output.dir")
+    count, longest = (NUM_ANSWERS if args.answers is None else args.answers), args.answer_tokens or ANSWER_TOKENS
+    if count < 0 or longest < 1 or args.answer_tokens == 0:
+        raise ValueError("--answers takes 0 or more, --answer-tokens 1 or more")
+    if args.answers == 0 and args.answer_tokens:
+        raise ValueError("--answers 0 makes no answers, so --answer-tokens has no effect")
+    run(args.target, args.overrides, args.adapter, args.model, args.format, num_answers=count, answer_tokens=longest)
+
+
 if __name__ == "__main__":
     parser = parser_for(__doc__)
-    parser.add_argument("target", type=Path, help="a recipe's YAML file or a run's folder")
+    parser.add_argument("target", type=Path, nargs="?", help="a recipe's YAML file or a run's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id) to put on the recipe's base")
     parser.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
     parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
-    parser.add_argument(
-        "--answers",
-        type=int,
-        default=NUM_ANSWERS,
-        metavar="N",
-        help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})",
-    )
-    parser.add_argument(
-        "--answer-tokens", type=int, default=ANSWER_TOKENS, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})"
-    )
+    parser.add_argument("--answers", type=int, metavar="N", help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})")
+    parser.add_argument("--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs to put side by side")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where --compare writes (the folder that the runs have in common)")
     args = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, end_at_once)
     with exit_at_once_on_errors():
-        with_clear_errors(
-            lambda: run(
-                args.target,
-                args.overrides,
-                args.adapter,
-                args.model,
-                args.format,
-                num_answers=args.answers,
-                answer_tokens=args.answer_tokens,
-            ),
-            debug=args.debug,
-        )
+        with_clear_errors(lambda: main(args), debug=args.debug)

@@ -30,6 +30,8 @@ COLOURS = {
     "adapter": "#010207",
     "good": "#010208",
     "bad": "#010209",
+    "warm": "#01020a",
+    "violet": "#01020b",
 }
 """Stand-ins that nothing else has; each becomes the page's var(--NAME)."""
 SETTINGS = {
@@ -76,7 +78,7 @@ class Series:
 def lines(series: Sequence[Series], label: str, percent: bool = False, from_zero: bool = False) -> Markup:
     """Curves over the steps. `label` is read to those who do not see it."""
     with mpl.rc_context(SETTINGS):
-        figure, axes = _figure(HEIGHT)
+        figure, axes = _figure(1.85, 3.6)
         for one in series:
             x, y = _thinned(one)
             style = {"marker": "o", "markersize": 3.2} if one.points else {}
@@ -163,6 +165,7 @@ def intervals(rows: Sequence[Interval], label: str, unit: str, mark: float | Non
 
 
 def _short(name: str, most: int = 28) -> str:
+    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)  # XML holds no control characters
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
