@@ -5,6 +5,7 @@
     python scripts/evaluate.py runs/quickstart                          a run: its chosen checkpoint against its base
     python scripts/evaluate.py recipes/phi2_oasst1.yaml --adapter someone/phi-2-lora --format human_assistant
     python scripts/evaluate.py recipes/phi2_oasst1.yaml --model someone/phi-2-merged
+    python scripts/evaluate.py runs/quickstart --lm-eval arc_easy       with benchmarks of the lm-evaluation-harness
     python scripts/evaluate.py --compare runs/a runs/b runs/c           evaluated runs side by side
 
 The third and fourth take an adapter or a full model that was trained elsewhere; --format says in which chat format (else: the recipe's).
@@ -12,16 +13,20 @@ Under `accelerate launch`, with any config, the processes share out the answers,
 Reports go to the run's folder or the recipe's output.dir: report.html, report.md and report.json for a run, report-base for the base
 alone, report-NAME for an adapter or a model. report.html is one page for the browser that needs no network: curves, conversations,
 and answers of base and adapter side by side (--answers, --answer-tokens). --compare reads finished reports and writes compare.html
-and compare.md: settings that differ, and runs that differ in their seed alone as mean and standard deviation. The validation split is read here alone. Scores are kept beside the report by what they
-were made from, so that nothing is computed twice.
+and compare.md: settings that differ, and runs that differ in their seed alone as mean and standard deviation.
+
+The validation split is read here alone. Scores and answers are kept beside the report by what they were made
+from, so that nothing is computed twice.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +35,29 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 from torch import nn
 
-from qlora_suite import compared_runs, dataset
+from qlora_suite import dataset
 from qlora_suite.adapter import adapter_folder, load_adapter
+from qlora_suite.assistant import load as load_assistant
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.compare_page import compare_page
-from qlora_suite.compared_runs import comparison_of
+from qlora_suite.compared_runs import comparison_of, notes
+from qlora_suite.compared_runs import markdown as markdown_of_runs
+from qlora_suite.compared_runs import tables as tables_of_runs
 from qlora_suite.comparison import Scores, compare, describe_data
 from qlora_suite.conversations import Conversation
 from qlora_suite.engine import autocast
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, excerpts, release_memory, score_within_memory
 from qlora_suite.files import hash_of, read_json, sha256, write_json, write_text
+from qlora_suite.harness import Benchmarks, harness_scores
 from qlora_suite.model import base_fingerprint, load_base, load_config, versions
 from qlora_suite.preparation import tokenizer_hash
 from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Chat, Model
-from qlora_suite.report import cut_line, headline, left_out_lines, markdown, result_table
+from qlora_suite.report import benchmark_lines, cut_line, headline, left_out_lines, markdown, result_table
 from qlora_suite.report_page import journals_of, report_page
 from qlora_suite.run_folder import hardware
 from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, read_answers
@@ -74,10 +83,17 @@ def run(
     *,
     num_answers: int = NUM_ANSWERS,
     answer_tokens: int = ANSWER_TOKENS,
+    benchmarks: Benchmarks | None = None,
 ) -> None:
     accelerator, dtype = start_engine()
     console.quiet = not accelerator.is_main_process
     with together(accelerator):
+        if benchmarks and accelerator.num_processes > 1:
+            raise ValueError(
+                "--lm-eval runs on one process; start it without `accelerate launch` (scores that are kept are not made again)"
+            )
+        if benchmarks:
+            benchmarks.check()
         subject = subject_of(target, overrides, adapter, model, chat)
         recipe = subject.recipe
         manifest = dataset.load_manifest(recipe)
@@ -115,6 +131,7 @@ def run(
                 "made_by": {**versions(), "precision": str(dtype).removeprefix("torch."), **hardware(accelerator.device)},
                 "weights": weight_hashes(subject.adapter),
                 "answers": answers,
+                "lm_eval": benchmarked(subject, benchmarks, accelerator.device, dtype) if benchmarks else None,
             }
             write_and_show(report, report_page(report, subject, manifest, everything, journals_of(subject)), subject)
 
@@ -126,7 +143,12 @@ def write_and_show(report: dict[str, Any], page: str, subject: Subject) -> None:
     write_json(paths[1], report)
     write_text(paths[2], page)
     console.print(result_table(report))
-    for line in (headline(report), *left_out_lines(report), *([cut_line(report)] if report["cut"]["answers"] else [])):
+    for line in (
+        headline(report),
+        *benchmark_lines(report),
+        *left_out_lines(report),
+        *([cut_line(report)] if report["cut"]["answers"] else []),
+    ):
         say(line)
     say(f"wrote {paths[0]} and {paths[1]}")
     say(f"with curves, conversations and answers, as a page for the browser: {paths[2]}")
@@ -136,10 +158,15 @@ def compare_runs(folders: list[Path], output: Path | None) -> None:
     """compare.html and compare.md, in the folder that all runs have in common unless another is named."""
     sets = comparison_of(folders)
     output = output or Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
-    text = compared_runs.markdown(sets)
-    write_text(output / "compare.md", text)
+    write_text(output / "compare.md", markdown_of_runs(sets))
     write_text(output / "compare.html", compare_page(sets))
-    say(text)
+    for compared in sets:
+        say(f"scored on {compared.data}")
+        for table in tables_of_runs(compared):
+            console.print(table)
+        for note in notes(compared):
+            say(note)
+        say("")
     say(f"wrote {output / 'compare.md'} and, as a page for the browser, {output / 'compare.html'}")
 
 
@@ -214,7 +241,10 @@ def side_by_side(
         if accelerator.is_main_process:
             renderer = renderer_of(subject)
             prompts = chosen_prompts(everything, renderer, count, subject.recipe.data.max_length - max_new_tokens)
-            files = answer_files(subject, renderer, prompts, max_new_tokens, dtype) if prompts else {}
+            if prompts:
+                asked = {"prompts": [prompt.record() for prompt in prompts], "max_new_tokens": max_new_tokens}
+                asked_in = {"chat": renderer.chat.model_dump(), "tokenizer": tokenizer_hash(renderer.tokenizer)}
+                files = kept_files(subject, "answers", dtype, **asked, **asked_in)
             work = with_bar(subject, files, prompts, max_new_tokens, accelerator.device, dtype)
     going = True
     while going:
@@ -224,9 +254,8 @@ def side_by_side(
     release_memory()
     if not files:
         return None
-    labels = {"base": f"base, {subject.recipe.model.quantization}", "adapter": "model" if subject.model else "adapter"}
-    columns = {name: {"label": labels[name], **as_column(read_answers(file))} for name, file in files.items()}
-    return {"max_new_tokens": max_new_tokens, "prompts": [prompt.record() for prompt in prompts], "columns": columns}
+    columns = {name: {"label": label_of(name, subject), **as_column(read_answers(file))} for name, file in files.items()}
+    return {**asked, "columns": columns}
 
 
 def with_bar(
@@ -243,29 +272,45 @@ def with_bar(
         yield from answer_all(subject, files, prompts, max_new_tokens, device, dtype, lambda: bars.advance(task))
 
 
-def answer_files(
-    subject: Subject, renderer: Renderer, prompts: Sequence[Prompt], max_new_tokens: int, dtype: torch.dtype
-) -> dict[str, Path]:
-    """Of base and adapter, whichever there are: where their answers are kept, under names that hold what they were made from."""
+def kept_files(subject: Subject, kind: str, dtype: torch.dtype, **made_from: Any) -> dict[str, Path]:
+    """Of base and adapter, whichever there are: where what was made with them is kept, under names that hold what it was made from."""
     model = Model(base=subject.model, quantization="none") if subject.model else subject.recipe.model
-    adapters = (
-        {"adapter": subject.adapter} if subject.model else {"base": None, "adapter": subject.adapter} if subject.adapter else {"base": None}
-    )
+    adapters: dict[str, str | None] = {} if subject.model else {"base": None}
+    if subject.model or subject.adapter:
+        adapters["adapter"] = subject.adapter
     files = {}
     for name, adapter in adapters.items():
-        made_from = {
+        everything = {
             "model": base_fingerprint(model),
             "quantization": [model.quantization, model.double_quantization, quantized_from(model, dtype)],
             "adapter": fingerprint_of(adapter),
             "precision": str(dtype),
-            "prompts": [prompt.record() for prompt in prompts],
-            "max_new_tokens": max_new_tokens,
-            "chat": renderer.chat.model_dump(),
-            "tokenizer": tokenizer_hash(renderer.tokenizer),
             "versions": versions(),
+            **made_from,
         }
-        files[name] = subject.folder / "evaluation" / f"answers-{name}-{hash_of(made_from)[:16]}.json"
+        files[name] = subject.folder / "evaluation" / f"{kind}-{name}-{hash_of(everything)[:16]}.json"
     return files
+
+
+def label_of(name: str, subject: Subject) -> str:
+    """Of `base` and `adapter`, as they answer and take benchmarks: both on the base as it was trained on."""
+    if name == "base":
+        return f"base, {subject.recipe.model.quantization}" if subject.recipe.model.quantization != "none" else "base"
+    return "model" if subject.model else "adapter"
+
+
+def benchmarked(subject: Subject, wanted: Benchmarks, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Scores of base and adapter on the harness's tasks, as they stand in report.json."""
+    files = kept_files(subject, "lm-eval", dtype, wanted=wanted.record())
+    if missing := {name: file for name, file in files.items() if not file.is_file()}:
+        assistant = load_assistant(subject, device, dtype)
+        for name, file in missing.items():
+            say(f"lm-eval {', '.join(wanted.tasks)}: {label_of(name, subject)}")
+            side = assistant.as_base() if name == "base" and assistant.has_adapter else contextlib.nullcontext()
+            with side, autocast(device, dtype):
+                write_json(file, harness_scores(assistant.net, assistant.renderer.tokenizer, wanted))
+    columns = {name: {"label": label_of(name, subject), "results": read_json(file)} for name, file in files.items()}
+    return {"version": version("lm_eval"), "limit": wanted.limit, "columns": columns}
 
 
 def weight_hashes(adapter: str | None) -> dict[str, str]:
@@ -346,7 +391,13 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--answers takes 0 or more, --answer-tokens 1 or more")
     if args.answers == 0 and args.answer_tokens:
         raise ValueError("--answers 0 makes no answers, so --answer-tokens has no effect")
-    run(args.target, args.overrides, args.adapter, args.model, args.format, num_answers=count, answer_tokens=longest)
+    if not args.lm_eval and (args.lm_eval_tasks_folder or args.lm_eval_limit is not None):
+        raise ValueError("--lm-eval-tasks-folder and --lm-eval-limit have no effect without --lm-eval TASK,TASK")
+    if args.lm_eval_limit is not None and args.lm_eval_limit < 1:
+        raise ValueError("--lm-eval-limit takes 1 or more")
+    tasks = tuple(filter(None, (args.lm_eval or "").split(",")))
+    wanted = Benchmarks(tasks, args.lm_eval_tasks_folder, args.lm_eval_limit) if tasks else None
+    run(args.target, args.overrides, args.adapter, args.model, args.format, num_answers=count, answer_tokens=longest, benchmarks=wanted)
 
 
 if __name__ == "__main__":
@@ -358,6 +409,9 @@ if __name__ == "__main__":
     parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
     parser.add_argument("--answers", type=int, metavar="N", help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})")
     parser.add_argument("--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})")
+    parser.add_argument("--lm-eval", metavar="TASK,TASK", help="benchmarks of the lm-evaluation-harness, for base and adapter")
+    parser.add_argument("--lm-eval-tasks-folder", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
+    parser.add_argument("--lm-eval-limit", type=int, metavar="N", help="examples of each task (all)")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs to put side by side")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where --compare writes (the folder that the runs have in common)")
     args = parser.parse_intermixed_args()

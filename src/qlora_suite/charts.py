@@ -75,10 +75,10 @@ class Series:
     faint: bool = False
 
 
-def lines(series: Sequence[Series], label: str, percent: bool = False, from_zero: bool = False) -> Markup:
+def lines(series: Sequence[Series], label: str, percent: bool = False, from_zero: bool = False, width: float = 3.6) -> Markup:
     """Curves over the steps. `label` is read to those who do not see it."""
     with mpl.rc_context(SETTINGS):
-        figure, axes = _figure(1.85, 3.6)
+        figure, axes = _figure(width * 0.51, width)
         for one in series:
             x, y = _thinned(one)
             style = {"marker": "o", "markersize": 3.2} if one.points else {}

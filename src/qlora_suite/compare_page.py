@@ -26,7 +26,7 @@ def _shown(compared: ComparedSet) -> dict[str, Any]:
     rows = result_rows(compared)
     return {
         "data": compared.data,
-        "heads": [head for head in rows[0] if any(row[head] for row in rows)],
+        "heads": [head for head in rows[0] if head != "run" and any(row[head] for row in rows)],
         "rows": rows,
         "names": [entry.name for entry in compared.entries],
         "notes": notes(compared),
@@ -80,7 +80,7 @@ def _curves(compared: ComparedSet) -> list[dict[str, Any]]:
         series = [one for one in series if any(value is not None for value in one.y)]
         if series:
             keys = charts.legend(*zip(LINES, (entry.name for entry in compared.entries), strict=False))
-            found.append({"title": title, "svg": charts.lines(series, title), "keys": keys, "note": ""})
+            found.append({"title": title, "svg": charts.lines(series, title, width=charts.WIDTH), "keys": keys, "note": ""})
     return found
 
 

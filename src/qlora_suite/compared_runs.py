@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from qlora_suite.evaluation import bootstrapped
 from qlora_suite.files import hash_of, read_json
 from qlora_suite.recipe import Recipe, curve_keys, flatten
@@ -57,7 +60,7 @@ class Entry:
     @property
     def name(self) -> str:
         first = self.runs[0].name
-        return first if len(self.runs) == 1 else f"{first} and {len(self.runs) - 1} more seed{'s' if len(self.runs) > 2 else ''}"
+        return first if len(self.runs) == 1 else f"{first} ({self.seeds})"
 
     @property
     def mean(self) -> float:
@@ -214,7 +217,7 @@ def _mean_nats(entry: Entry) -> list[float]:
     return [statistics.fmean(of_all) for of_all in zip(*columns, strict=True)]
 
 
-# --- as Markdown
+# --- in words
 
 
 def notes(compared: ComparedSet) -> list[str]:
@@ -222,9 +225,7 @@ def notes(compared: ComparedSet) -> list[str]:
     found = []
     alone = [entry.name for entry in compared.entries if len(entry.runs) == 1]
     if alone:
-        found.append(
-            f"{', '.join(alone)}: one seed. A difference between single seeds may be the seed's; train with other values of `seed` to know."
-        )
+        found.append(f"{', '.join(alone)}: one seed. A difference between single seeds may be the seed's; train with other seeds to know.")
     if any(len(entry.runs) > 1 for entry in compared.entries):
         found.append("± is the sample standard deviation over the seeds (n as stated).")
     if len(compared.entries) > 1:
@@ -279,6 +280,27 @@ def _row(entry: Entry, against: Mapping[str, Any] | None) -> dict[str, str]:
 def _rate(entry: Entry) -> str:
     rates = [record["tokens_per_second"] for run in entry.runs for record in run.metrics if record.get("tokens_per_second")]
     return f"{statistics.median(rates):,.0f}" if rates else ""
+
+
+def tables(compared: ComparedSet) -> list[Table]:
+    """For the console: what came of the runs, and the settings that differ, a column for each."""
+    rows = result_rows(compared)
+    results = [(head, [row[head] for row in rows]) for head in rows[0] if head != "run" and any(row[head] for row in rows)]
+    settings = [(key if learnt else f"{key} *", values) for key, values, learnt in compared.differing]
+    found = []
+    for title, lines in (
+        ("results (bits per byte: lower is better)", results),
+        ("settings that differ (*: not of what is learnt)", settings),
+    ):
+        if lines:
+            table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+            table.add_column("")
+            for entry in compared.entries:
+                table.add_column(Text(entry.name), justify="right", overflow="fold")
+            for name, values in lines:
+                table.add_row(name, *(Text(value or "-") for value in values))
+            found.append(table)
+    return found
 
 
 def markdown(sets: Sequence[ComparedSet]) -> str:

@@ -29,6 +29,36 @@ def left_out_lines(report: dict[str, Any]) -> list[str]:
     return [f"left out: {left['why']}" for left in report["left_out"]]
 
 
+def benchmark_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Task, metric and the models' cells (`value`, `stderr`; None where a model has none) of the lm-evaluation-harness, if it ran."""
+    if not report.get("lm_eval"):
+        return []
+    columns = report["lm_eval"]["columns"].values()
+    first = next(iter(columns))["results"]
+    return [
+        {"task": task, "metric": metric, "cells": [column["results"].get(task, {}).get(metric) for column in columns]}
+        for task, metrics in first.items()
+        for metric in metrics
+    ]
+
+
+def benchmark_cell(cell: dict[str, float | None] | None) -> str:
+    """`0.7000 ± 0.0100`, with one standard error."""
+    if not cell or cell["value"] is None:
+        return "-"
+    return f"{cell['value']:.4f}" + (f" ± {cell['stderr']:.4f}" if cell["stderr"] is not None else "")
+
+
+def benchmark_lines(report: dict[str, Any]) -> list[str]:
+    """For the console: a line for each task and metric."""
+    labels = [column["label"] for column in report["lm_eval"]["columns"].values()] if report.get("lm_eval") else []
+    return [
+        f"lm-eval {row['task']}, {row['metric']}: "
+        + ", ".join(f"{label} {benchmark_cell(cell)}" for label, cell in zip(labels, row["cells"], strict=True))
+        for row in benchmark_rows(report)
+    ]
+
+
 def cut_line(report: dict[str, Any]) -> str:
     cut = report["cut"]
     return f"cut, because they do not fit in every format: {cut['answers']} answers, {cut['tokens']:,} tokens, {cut['bytes']:,} bytes"
@@ -65,6 +95,21 @@ def markdown(report: dict[str, Any]) -> str:
             difference = f"{row['adapter'] - row['base']:+.4f}" if with_base else "-"
             lines.append(f"| {row['by']} | {row['slice']} | {row['answers']} | {base}{row['adapter']:.4f} | {difference} |")
         lines += ["", "Bits per byte. Small slices say little: the interval above is for all answers together.", ""]
+    if rows := benchmark_rows(report):
+        labels = [column["label"] for column in report["lm_eval"]["columns"].values()]
+        lines += [f"## Benchmarks (lm-evaluation-harness {report['lm_eval']['version']})", ""]
+        lines += ["| task | metric | " + " | ".join(labels) + " |", "|---|---|" + "---:|" * len(labels)]
+        lines += [f"| {row['task']} | {row['metric']} | " + " | ".join(map(benchmark_cell, row["cells"])) + " |" for row in rows]
+        limit = f" The first {report['lm_eval']['limit']} examples of each." if report["lm_eval"]["limit"] else ""
+        lines += ["", f"As plain text, without a chat template; ± one standard error.{limit}", ""]
+    if report.get("answers"):
+        columns = report["answers"]["columns"].values()
+        lines += ["## Answers", "", "| | " + " | ".join(column["label"] for column in columns) + " |", "|---|" + "---:|" * len(columns)]
+        for name, key in (("end by themselves", "stopped"), ("end within 100 words", "concise"), ("repetition", "repetition")):
+            lines.append(f"| {name} | " + " | ".join(f"{column[key]:.0%}" for column in columns) + " |")
+        lines += ["| words, median | " + " | ".join(f"{column['median_words']:.0f}" for column in columns) + " |", ""]
+        count, longest = len(report["answers"]["prompts"]), report["answers"]["max_new_tokens"]
+        lines += [f"{count} greedy answers of up to {longest} tokens; report.html has them side by side.", ""]
     lines += ["## Made by", "", *(f"- {key}: {value}" for key, value in report["made_by"].items()), ""]
     return "\n".join(lines)
 

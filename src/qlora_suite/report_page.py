@@ -22,7 +22,7 @@ from qlora_suite.conversations import Conversation
 from qlora_suite.files import read_json
 from qlora_suite.funnel import reading_rows, split_rows
 from qlora_suite.recipe_file import to_yaml
-from qlora_suite.report import facts, headline, left_out_lines, shown_columns
+from qlora_suite.report import benchmark_cell, benchmark_rows, facts, headline, left_out_lines, shown_columns
 from qlora_suite.sample_answers import CONCISE_WORDS, words
 from qlora_suite.selection import SPLITS
 from qlora_suite.subject import Subject
@@ -110,7 +110,7 @@ def report_page(
         previews=_timeline(journals.get("previews", [])),
         answers=answers(report),
         end_tokens=_end_tokens(report),
-        lm_eval=lm_eval_table(report.get("lm_eval")),
+        lm_eval=[{**row, "cells": list(map(benchmark_cell, row["cells"]))} for row in benchmark_rows(report)],
         reading=reading_rows(manifest["counts"]),
         splits=SPLITS,
         funnel=split_rows(manifest["counts"], subject.recipe.data.packing),
@@ -291,24 +291,6 @@ def _end_tokens(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"name": n, "log_probability": -s["end_nll"], "probability": s["end_probability"], "count": s["end_tokens"]}
         for n, s in sides
         if s and s["end_tokens"]
-    ]
-
-
-def lm_eval_table(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """A row for each task and metric, with a value and standard error for each model."""
-    if not found:
-        return []
-    names = list(found["columns"])
-    first = found["columns"][names[0]]["results"]
-    return [
-        {
-            "task": task,
-            "metric": metric,
-            "cells": [found["columns"][name]["results"].get(task, {}).get(metric) for name in names],
-            "names": names,
-        }
-        for task, metrics in first.items()
-        for metric in metrics
     ]
 
 
