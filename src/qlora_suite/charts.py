@@ -121,7 +121,7 @@ def strips(rows: Sequence[tuple[str, Sequence[float], str]], label: str, unit: s
             axes.plot(values, [place] * len(values), "o", color=COLOURS[colour], markersize=4.4, alpha=0.6, markeredgewidth=0)
         if mark is not None:
             axes.axvline(mark, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (3, 2)))
-        axes.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)])
+        axes.set_yticks(range(len(rows)), [_short(name) for name, _, _ in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlim(left=0)
         axes.set_xlabel(unit, loc="right", fontsize=7.5, labelpad=3)

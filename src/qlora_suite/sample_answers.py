@@ -117,10 +117,10 @@ def answer_all(
                 chats = [prompt.turns for prompt in prompts[len(answers) : len(answers) + size]]
                 made = _answers_of(assistant, chats, max_new_tokens, on_token)
                 if made is None:
-                    if size == 1:
+                    if len(chats) == 1:
                         raise torch.OutOfMemoryError("one prompt at a time is too much")
                     release_memory()
-                    size = max(1, size // 2)
+                    size = len(chats) // 2
                 answers += made or []
                 yield
         write_json(files[name], [asdict(one) for one in answers])
