@@ -378,8 +378,10 @@ def end_at_once(*_: object) -> None:
 def main(args: argparse.Namespace) -> None:
     """What the command line asks for. Raises ValueError for options that cannot take effect."""
     if args.compare:
-        if others := [name for name, value in vars(args).items() if value and name not in ("compare", "output", "debug")]:
-            raise ValueError(f"--compare reads reports that are there; {', '.join(others)} has no effect with it")
+        given = {name: value for name, value in vars(args).items() if value not in (None, [])}
+        if others := [name for name in given if name not in ("compare", "output", "debug")]:
+            named = ", ".join("--" + name.replace("_", "-") if name != "target" else str(args.target) for name in others)
+            raise ValueError(f"--compare reads reports that are there, so {named} has no effect with it")
         compare_runs(args.compare, args.output)
         return
     if args.target is None:
@@ -400,21 +402,25 @@ def main(args: argparse.Namespace) -> None:
     run(args.target, args.overrides, args.adapter, args.model, args.format, num_answers=count, answer_tokens=longest, benchmarks=wanted)
 
 
+def parser() -> argparse.ArgumentParser:
+    made = parser_for(__doc__)
+    made.add_argument("target", type=Path, nargs="?", help="a recipe's YAML file or a run's folder")
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    made.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id) to put on the recipe's base")
+    made.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
+    made.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
+    made.add_argument("--answers", type=int, metavar="N", help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})")
+    made.add_argument("--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})")
+    made.add_argument("--lm-eval", metavar="TASK,TASK", help="benchmarks of the lm-evaluation-harness, for base and adapter")
+    made.add_argument("--lm-eval-tasks-folder", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
+    made.add_argument("--lm-eval-limit", type=int, metavar="N", help="examples of each task (all)")
+    made.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs to put side by side")
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="where --compare writes (the folder that the runs have in common)")
+    return made
+
+
 if __name__ == "__main__":
-    parser = parser_for(__doc__)
-    parser.add_argument("target", type=Path, nargs="?", help="a recipe's YAML file or a run's folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id) to put on the recipe's base")
-    parser.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
-    parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
-    parser.add_argument("--answers", type=int, metavar="N", help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})")
-    parser.add_argument("--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})")
-    parser.add_argument("--lm-eval", metavar="TASK,TASK", help="benchmarks of the lm-evaluation-harness, for base and adapter")
-    parser.add_argument("--lm-eval-tasks-folder", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
-    parser.add_argument("--lm-eval-limit", type=int, metavar="N", help="examples of each task (all)")
-    parser.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs to put side by side")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where --compare writes (the folder that the runs have in common)")
-    args = parser.parse_intermixed_args()
+    args = parser().parse_intermixed_args()
     signal.signal(signal.SIGTERM, end_at_once)
     with exit_at_once_on_errors():
         with_clear_errors(lambda: main(args), debug=args.debug)

@@ -7,6 +7,7 @@ Tasks are asked as the harness writes them, as plain text without a chat templat
 """
 
 import copy
+import functools
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -42,8 +43,7 @@ class Benchmarks:
             raise ValueError("--lm-eval needs the lm-evaluation-harness; install it: python -m pip install 'lm-eval>=0.4.13,<1'")
         if self.folder and not self.folder.is_dir():
             raise ValueError(f"there is no folder {self.folder} (--lm-eval-tasks-folder), where YAML files of your own tasks would stand")
-        known = set(_manager(self.folder).all_tasks)
-        if unknown := [task for task in self.tasks if task not in known]:
+        if unknown := [task for task in self.tasks if task not in _manager(self).all_tasks]:
             raise ValueError(
                 f"lm-eval {version('lm_eval')} knows no task {', '.join(unknown)}{f', nor does {self.folder}' if self.folder else ''}; "
                 "`lm-eval ls tasks` lists its own, and --lm-eval-tasks-folder names a folder with yours"
@@ -60,7 +60,7 @@ def harness_scores(net: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: B
     language_model = HFLM(pretrained=net, tokenizer=own, backend="causal", batch_size=batch_size)
     try:
         found = simple_evaluate(
-            language_model, tasks=list(wanted.tasks), task_manager=_manager(wanted.folder), limit=wanted.limit, log_samples=False
+            language_model, tasks=list(wanted.tasks), task_manager=_manager(wanted), limit=wanted.limit, log_samples=False
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"lm-eval could not run {', '.join(wanted.tasks)}: {str(error).strip().partition(chr(10))[0]}") from error
@@ -79,8 +79,14 @@ def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def _manager(folder: Path | None) -> Any:
+@functools.cache
+def _manager(wanted: Benchmarks) -> Any:
+    """Of the tasks in the folder alone if they are enough: the harness takes seconds to look through its own."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager(include_path=str(folder) if folder else None)
+    if wanted.folder:
+        own = TaskManager(include_path=str(wanted.folder), include_defaults=False)
+        if set(wanted.tasks) <= set(own.all_tasks):
+            return own
+    return TaskManager(include_path=str(wanted.folder) if wanted.folder else None)
