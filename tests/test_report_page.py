@@ -51,11 +51,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     return path
 
 
-def evaluate(target: Path, **options: Any) -> dict[str, Any]:
+def evaluate(target: Path, *overrides: str, **options: Any) -> dict[str, Any]:
     """scripts/evaluate.py in this process. Returns report.json."""
-    subject = subject_of(target, [])
+    subject = subject_of(target, list(overrides))
     try:
-        script("evaluate").run(target, [], **{"num_answers": 2, "answer_tokens": 12, **options})
+        script("evaluate").run(target, list(overrides), **{"num_answers": 2, "answer_tokens": 12, **options})
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -164,9 +164,9 @@ def test_light_dark_and_narrow(chromium: Any, run: Path) -> None:  # noqa: F811
 
 
 def test_a_base_alone_has_no_empty_boxes(opened: Any, recipe: Path, run: Path) -> None:
-    report = evaluate(recipe)
+    report = evaluate(recipe, f"output.dir={json.dumps(str(run))}")  # beside the journals of the run, which are not the base's
     assert list(report["answers"]["columns"]) == ["base"]
-    shown, _, said = opened(Path(subject_of(recipe, []).folder) / "report-base.html")
+    shown, _, said = opened(run / "report-base.html")
     assert said == []
     assert shown.locator("h2").all_inner_texts() == ["Answers, side by side", "Every model in every format", "Data", "Environment"]
     assert shown.locator(".numbers .big").count() == 1
