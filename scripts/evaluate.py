@@ -61,7 +61,7 @@ from qlora_suite.report import benchmark_lines, cut_line, headline, left_out_lin
 from qlora_suite.report_page import journals_of, report_page
 from qlora_suite.run_folder import hardware
 from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, read_answers
-from qlora_suite.subject import Column, Subject, columns_of, renderer_of, renderers_of, subject_of
+from qlora_suite.subject import Column, Subject, columns_of, renderers_of, subject_of
 from qlora_suite.tracking import console, say
 from qlora_suite.watchdog import exit_at_once_on_errors
 
@@ -120,7 +120,7 @@ def run(
     with together(accelerator):
         if not scores:
             raise ValueError(f"there is nothing to report: {'; '.join(left['why'] for left in left_out)}")
-    answers = side_by_side(subject, everything, accelerator, dtype, num_answers, answer_tokens) if num_answers else None
+    answers = side_by_side(subject, ours, everything, accelerator, dtype, num_answers, answer_tokens) if num_answers else None
     with together(accelerator):
         if accelerator.is_main_process:
             report = {
@@ -229,7 +229,13 @@ def scores_of(
 
 
 def side_by_side(
-    subject: Subject, everything: Sequence[Conversation], accelerator: Accelerator, dtype: torch.dtype, count: int, max_new_tokens: int
+    subject: Subject,
+    renderer: Renderer,
+    everything: Sequence[Conversation],
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    count: int,
+    max_new_tokens: int,
 ) -> dict[str, Any] | None:
     """Answers of base and adapter for reading, as they stand in report.json: made, or read from the files of an earlier call.
 
@@ -239,13 +245,12 @@ def side_by_side(
     files: dict[str, Path] = {}
     with together(accelerator):
         if accelerator.is_main_process:
-            renderer = renderer_of(subject)
             prompts = chosen_prompts(everything, renderer, count, subject.recipe.data.max_length - max_new_tokens)
             if prompts:
                 asked = {"prompts": [prompt.record() for prompt in prompts], "max_new_tokens": max_new_tokens}
                 asked_in = {"chat": renderer.chat.model_dump(), "tokenizer": tokenizer_hash(renderer.tokenizer)}
                 files = kept_files(subject, "answers", dtype, **asked, **asked_in)
-            work = with_bar(subject, files, prompts, max_new_tokens, accelerator.device, dtype)
+            work = with_bar(subject, renderer, files, prompts, max_new_tokens, accelerator.device, dtype)
     going = True
     while going:
         with together(accelerator):
@@ -259,7 +264,13 @@ def side_by_side(
 
 
 def with_bar(
-    subject: Subject, files: dict[str, Path], prompts: Sequence[Prompt], max_new_tokens: int, device: torch.device, dtype: torch.dtype
+    subject: Subject,
+    renderer: Renderer,
+    files: dict[str, Path],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Iterator[None]:
     """`answer_all`, token by token."""
     missing = [name for name, file in files.items() if not file.is_file()]
@@ -269,7 +280,7 @@ def with_bar(
     with Progress(*columns, console=console, transient=True, disable=not (missing and console.is_terminal)) as bars:
         batches = sum(1 for _ in range(0, len(prompts), BATCH))
         task = bars.add_task("answering, to be read side by side", total=len(missing) * batches * max_new_tokens)
-        yield from answer_all(subject, files, prompts, max_new_tokens, device, dtype, lambda: bars.advance(task))
+        yield from answer_all(subject, renderer, files, prompts, max_new_tokens, device, dtype, lambda: bars.advance(task))
 
 
 def kept_files(subject: Subject, kind: str, dtype: torch.dtype, **made_from: Any) -> dict[str, Path]:

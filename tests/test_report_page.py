@@ -264,7 +264,7 @@ def test_memory_that_is_short_means_fewer_prompts_at_once(run: Path, monkeypatch
 
     monkeypatch.setattr(sample_answers, "answer", short)
     file = tmp_path / "answers.json"
-    for _ in sample_answers.answer_all(subject, {"adapter": file}, prompts, 4, torch.device("cpu"), torch.float32):
+    for _ in sample_answers.answer_all(subject, renderer_of(subject), {"adapter": file}, prompts, 4, torch.device("cpu"), torch.float32):
         assert not file.is_file()
     assert sizes == [5, 2, 2, 1]
     assert [one.prompt for one in sample_answers.read_answers(file)] == [prompt.text for prompt in prompts]

@@ -1,7 +1,7 @@
 """Answers to read beside the scores: base and adapter, greedy, on held-out first questions and on a few fixed prompts.
 
     prompts = chosen_prompts(conversations, renderer, count=6, room=864)
-    for _ in answer_all(subject, files, prompts, 160, device, dtype): ...     batch by batch, into files
+    for _ in answer_all(subject, renderer, files, prompts, 160, device, dtype): ...     batch by batch, into files
     measures(read_answers(files["adapter"]))                                  share that ends by itself, words, repetition
 
 The held-out questions are drawn by a hash of their text, so nobody picks the ones that look well.
@@ -93,6 +93,7 @@ def _opening(conversation: Conversation, is_plain_text: bool) -> Prompt | None:
 
 def answer_all(
     subject: Subject,
+    renderer: Renderer,
     files: Mapping[str, Path],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
@@ -115,7 +116,7 @@ def answer_all(
         with assistant.as_base() if name == "base" and assistant.has_adapter else contextlib.nullcontext():
             while len(answers) < len(prompts):
                 chats = [prompt.turns for prompt in prompts[len(answers) : len(answers) + size]]
-                made = _answers_of(assistant, chats, max_new_tokens, on_token)
+                made = _answers_of(assistant, renderer, chats, max_new_tokens, on_token)
                 if made is None:
                     if len(chats) == 1:
                         raise torch.OutOfMemoryError("one prompt at a time is too much")
@@ -127,7 +128,7 @@ def answer_all(
 
 
 def _answers_of(
-    assistant: Assistant, chats: Sequence[Sequence[Turn]], max_new_tokens: int, on_token: Callable[[], None]
+    assistant: Assistant, renderer: Renderer, chats: Sequence[Sequence[Turn]], max_new_tokens: int, on_token: Callable[[], None]
 ) -> list[Answer] | None:
     """None if memory is short."""
 
@@ -136,7 +137,7 @@ def _answers_of(
         return False
 
     with contextlib.suppress(torch.OutOfMemoryError), autocast(assistant.device, assistant.dtype):
-        return answer(assistant.net, assistant.renderer, chats, max_new_tokens, heard)
+        return answer(assistant.net, renderer, chats, max_new_tokens, heard)
     return None
 
 
