@@ -5,43 +5,62 @@
     python scripts/evaluate.py runs/quickstart                          a run: its chosen checkpoint against its base
     python scripts/evaluate.py recipes/phi2_oasst1.yaml --adapter someone/phi-2-lora --format human_assistant
     python scripts/evaluate.py recipes/phi2_oasst1.yaml --model someone/phi-2-merged
+    python scripts/evaluate.py runs/quickstart --lm-eval arc_easy       with benchmarks of the lm-evaluation-harness
+    python scripts/evaluate.py --compare runs/a runs/b runs/c           evaluated runs side by side
 
-The last two take an adapter or a full model that was trained elsewhere; --format says in which chat format (else: the recipe's).
+The third and fourth take an adapter or a full model that was trained elsewhere; --format says in which chat format (else: the recipe's).
 Under `accelerate launch`, with any config, the processes share out the answers, each with a whole model; the report is the same.
-Reports go to the run's folder or the recipe's output.dir: report.md and report.json for a run, report-base for the base alone,
-report-NAME for an adapter or a model. The validation split is read here alone. Scores are kept beside the report by what they
-were made from, so that nothing is computed twice.
+Reports go to the run's folder or the recipe's output.dir: report.html, report.md and report.json for a run, report-base for the base
+alone, report-NAME for an adapter or a model. report.html is one page for the browser that needs no network: curves, conversations,
+and answers of base and adapter side by side (--answers, --answer-tokens). --compare reads finished reports and writes compare.html
+and compare.md: settings that differ, and runs that differ in their seed alone as mean and standard deviation.
+
+The validation split is read here alone. Scores and answers are kept beside the report by what they were made
+from, so that nothing is computed twice.
 """
 
+import argparse
+import contextlib
+import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 from torch import nn
 
 from qlora_suite import dataset
 from qlora_suite.adapter import adapter_folder, load_adapter
+from qlora_suite.assistant import load as load_assistant
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
+from qlora_suite.compare_page import compare_page
+from qlora_suite.compared_runs import comparison_of, notes
+from qlora_suite.compared_runs import markdown as markdown_of_runs
+from qlora_suite.compared_runs import tables as tables_of_runs
 from qlora_suite.comparison import Scores, compare, describe_data
+from qlora_suite.conversations import Conversation
 from qlora_suite.engine import autocast
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, excerpts, release_memory, score_within_memory
 from qlora_suite.files import hash_of, read_json, sha256, write_json, write_text
+from qlora_suite.harness import Benchmarks, harness_scores
 from qlora_suite.model import base_fingerprint, load_base, load_config, versions
 from qlora_suite.preparation import tokenizer_hash
 from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Chat, Model
-from qlora_suite.report import cut_line, headline, left_out_lines, markdown, result_table
+from qlora_suite.report import benchmark_lines, cut_line, headline, left_out_lines, markdown, result_table
+from qlora_suite.report_page import journals_of, report_page
 from qlora_suite.run_folder import hardware
+from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, read_answers
 from qlora_suite.subject import Column, Subject, columns_of, renderers_of, subject_of
 from qlora_suite.tracking import console, say
 from qlora_suite.watchdog import exit_at_once_on_errors
@@ -49,12 +68,32 @@ from qlora_suite.watchdog import exit_at_once_on_errors
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 LOGIT_BYTES = {"cpu": 2 * 2**30, "cuda": 8 * 2**30}
 """For the logits of all places in fp32, three times: as they are, as log-probabilities, and something in between."""
+NUM_ANSWERS = 6
+"""Held-out questions that are answered for reading."""
+ANSWER_TOKENS = 160
+"""Room for 100 words of English."""
 
 
-def run(target: Path, overrides: list[str], adapter: str | None = None, model: str | None = None, chat: str | None = None) -> None:
+def run(
+    target: Path,
+    overrides: list[str],
+    adapter: str | None = None,
+    model: str | None = None,
+    chat: str | None = None,
+    *,
+    num_answers: int = NUM_ANSWERS,
+    answer_tokens: int = ANSWER_TOKENS,
+    benchmarks: Benchmarks | None = None,
+) -> None:
     accelerator, dtype = start_engine()
     console.quiet = not accelerator.is_main_process
     with together(accelerator):
+        if benchmarks and accelerator.num_processes > 1:
+            raise ValueError(
+                "--lm-eval runs on one process; start it without `accelerate launch` (scores that are kept are not made again)"
+            )
+        if benchmarks:
+            benchmarks.check()
         subject = subject_of(target, overrides, adapter, model, chat)
         recipe = subject.recipe
         manifest = dataset.load_manifest(recipe)
@@ -81,6 +120,8 @@ def run(target: Path, overrides: list[str], adapter: str | None = None, model: s
     with together(accelerator):
         if not scores:
             raise ValueError(f"there is nothing to report: {'; '.join(left['why'] for left in left_out)}")
+    answers = side_by_side(subject, ours, everything, accelerator, dtype, num_answers, answer_tokens) if num_answers else None
+    with together(accelerator):
         if accelerator.is_main_process:
             report = {
                 **compare(scores, {c.name: c.label for c in columns}, subject.format, recipe.evaluation.bootstrap_samples),
@@ -88,19 +129,45 @@ def run(target: Path, overrides: list[str], adapter: str | None = None, model: s
                 **describe_data(recipe, manifest, found, cut),
                 "chosen_by": subject.chosen_by,
                 "made_by": {**versions(), "precision": str(dtype).removeprefix("torch."), **hardware(accelerator.device)},
+                "weights": weight_hashes(subject.adapter),
+                "answers": answers,
+                "lm_eval": benchmarked(subject, benchmarks, accelerator.device, dtype) if benchmarks else None,
             }
-            write_and_show(report, subject)
+            write_and_show(report, report_page(report, subject, manifest, everything, journals_of(subject)), subject)
 
 
-def write_and_show(report: dict[str, Any], subject: Subject) -> None:
-    """report.md, report.json and what stands on the console."""
-    paths = [subject.folder / f"{subject.report}.{ending}" for ending in ("md", "json")]
+def write_and_show(report: dict[str, Any], page: str, subject: Subject) -> None:
+    """report.md, report.json, report.html and what stands on the console."""
+    paths = [subject.folder / f"{subject.report}.{ending}" for ending in ("md", "json", "html")]
     write_text(paths[0], markdown(report))
     write_json(paths[1], report)
+    write_text(paths[2], page)
     console.print(result_table(report))
-    for line in (headline(report), *left_out_lines(report), *([cut_line(report)] if report["cut"]["answers"] else [])):
+    for line in (
+        headline(report),
+        *benchmark_lines(report),
+        *left_out_lines(report),
+        *([cut_line(report)] if report["cut"]["answers"] else []),
+    ):
         say(line)
     say(f"wrote {paths[0]} and {paths[1]}")
+    say(f"with curves, conversations and answers, as a page for the browser: {paths[2]}")
+
+
+def compare_runs(folders: list[Path], output: Path | None) -> None:
+    """compare.html and compare.md, in the folder that all runs have in common unless another is named."""
+    sets = comparison_of(folders)
+    output = output or Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+    write_text(output / "compare.md", markdown_of_runs(sets))
+    write_text(output / "compare.html", compare_page(sets))
+    for compared in sets:
+        say(f"scored on {compared.data}")
+        for table in tables_of_runs(compared):
+            console.print(table)
+        for note in notes(compared):
+            say(note)
+        say("")
+    say(f"wrote {output / 'compare.md'} and, as a page for the browser, {output / 'compare.html'}")
 
 
 def what_fits(everything: Sequence[Any], renderers: Sequence[Renderer], window: int) -> tuple[list[Excerpt], Cut]:
@@ -161,6 +228,107 @@ def scores_of(
     return {name: scores[name] for name in column.renderers}
 
 
+def side_by_side(
+    subject: Subject,
+    renderer: Renderer,
+    everything: Sequence[Conversation],
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    count: int,
+    max_new_tokens: int,
+) -> dict[str, Any] | None:
+    """Answers of base and adapter for reading, as they stand in report.json: made, or read from the files of an earlier call.
+
+    The main process makes them, and the ranks meet between two batches, so that none waits longer than one takes.
+    """
+    work: Iterator[Any] = iter(())
+    files: dict[str, Path] = {}
+    with together(accelerator):
+        if accelerator.is_main_process:
+            prompts = chosen_prompts(everything, renderer, count, subject.recipe.data.max_length - max_new_tokens)
+            if prompts:
+                asked = {"prompts": [prompt.record() for prompt in prompts], "max_new_tokens": max_new_tokens}
+                asked_in = {"chat": renderer.chat.model_dump(), "tokenizer": tokenizer_hash(renderer.tokenizer)}
+                files = kept_files(subject, "answers", dtype, **asked, **asked_in)
+            work = with_bar(subject, renderer, files, prompts, max_new_tokens, accelerator.device, dtype)
+    going = True
+    while going:
+        with together(accelerator):
+            going = next(work, work) is not work
+        going = gathered(accelerator, going)[0]
+    release_memory()
+    if not files:
+        return None
+    columns = {name: {"label": label_of(name, subject), **as_column(read_answers(file))} for name, file in files.items()}
+    return {**asked, "columns": columns}
+
+
+def with_bar(
+    subject: Subject,
+    renderer: Renderer,
+    files: dict[str, Path],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[None]:
+    """`answer_all`, token by token."""
+    missing = [name for name, file in files.items() if not file.is_file()]
+    if missing and not console.is_terminal:
+        say(f"answering {len(prompts)} prompts for reading: {', '.join(missing)}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (missing and console.is_terminal)) as bars:
+        batches = sum(1 for _ in range(0, len(prompts), BATCH))
+        task = bars.add_task("answering, to be read side by side", total=len(missing) * batches * max_new_tokens)
+        yield from answer_all(subject, renderer, files, prompts, max_new_tokens, device, dtype, lambda: bars.advance(task))
+
+
+def kept_files(subject: Subject, kind: str, dtype: torch.dtype, **made_from: Any) -> dict[str, Path]:
+    """Of base and adapter, whichever there are: where what was made with them is kept, under names that hold what it was made from."""
+    model = Model(base=subject.model, quantization="none") if subject.model else subject.recipe.model
+    adapters: dict[str, str | None] = {} if subject.model else {"base": None}
+    if subject.model or subject.adapter:
+        adapters["adapter"] = subject.adapter
+    files = {}
+    for name, adapter in adapters.items():
+        everything = {
+            "model": base_fingerprint(model),
+            "quantization": [model.quantization, model.double_quantization, quantized_from(model, dtype)],
+            "adapter": fingerprint_of(adapter),
+            "precision": str(dtype),
+            "versions": versions(),
+            **made_from,
+        }
+        files[name] = subject.folder / "evaluation" / f"{kind}-{name}-{hash_of(everything)[:16]}.json"
+    return files
+
+
+def label_of(name: str, subject: Subject) -> str:
+    """Of `base` and `adapter`, as they answer and take benchmarks: both on the base as it was trained on."""
+    if name == "base":
+        return f"base, {subject.recipe.model.quantization}" if subject.recipe.model.quantization != "none" else "base"
+    return "model" if subject.model else "adapter"
+
+
+def benchmarked(subject: Subject, wanted: Benchmarks, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Scores of base and adapter on the harness's tasks, as they stand in report.json."""
+    files = kept_files(subject, "lm-eval", dtype, wanted=wanted.record())
+    if missing := {name: file for name, file in files.items() if not file.is_file()}:
+        assistant = load_assistant(subject, device, dtype)
+        for name, file in missing.items():
+            say(f"lm-eval {', '.join(wanted.tasks)}: {label_of(name, subject)}")
+            side = assistant.as_base() if name == "base" and assistant.has_adapter else contextlib.nullcontext()
+            with side, autocast(device, dtype):
+                write_json(file, harness_scores(assistant.net, assistant.renderer.tokenizer, wanted))
+    columns = {name: {"label": label_of(name, subject), "results": read_json(file)} for name, file in files.items()}
+    return {"version": version("lm_eval"), "limit": wanted.limit, "columns": columns}
+
+
+def weight_hashes(adapter: str | None) -> dict[str, str]:
+    """For the environment part of the page."""
+    return dict(zip(("adapter_model.safetensors", "adapter_config.json"), fingerprint_of(adapter) or (), strict=False))
+
+
 def score_files(column: Column, subject: Subject, found: Sequence[Excerpt], dtype: torch.dtype) -> dict[str, Path]:
     """By format: where the scores of this column are kept, under a name that holds everything that they were made from."""
     made_from = {
@@ -218,14 +386,52 @@ def end_at_once(*_: object) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
+def main(args: argparse.Namespace) -> None:
+    """What the command line asks for. Raises ValueError for options that cannot take effect."""
+    if args.compare:
+        given = {name: value for name, value in vars(args).items() if value not in (None, [])}
+        if others := [name for name in given if name not in ("compare", "output", "debug")]:
+            named = ", ".join("--" + name.replace("_", "-") if name != "target" else str(args.target) for name in others)
+            raise ValueError(f"--compare reads reports that are there, so {named} has no effect with it")
+        compare_runs(args.compare, args.output)
+        return
+    if args.target is None:
+        raise ValueError("give a recipe's YAML file or a run's folder, or --compare RUN RUN ...")
+    if args.output:
+        raise ValueError("--output says where --compare writes; a report goes to the run's folder or the recipe's output.dir")
+    count, longest = (NUM_ANSWERS if args.answers is None else args.answers), args.answer_tokens or ANSWER_TOKENS
+    if count < 0 or longest < 1 or args.answer_tokens == 0:
+        raise ValueError("--answers takes 0 or more, --answer-tokens 1 or more")
+    if args.answers == 0 and args.answer_tokens:
+        raise ValueError("--answers 0 makes no answers, so --answer-tokens has no effect")
+    if not args.lm_eval and (args.lm_eval_tasks_folder or args.lm_eval_limit is not None):
+        raise ValueError("--lm-eval-tasks-folder and --lm-eval-limit have no effect without --lm-eval TASK,TASK")
+    if args.lm_eval_limit is not None and args.lm_eval_limit < 1:
+        raise ValueError("--lm-eval-limit takes 1 or more")
+    tasks = tuple(filter(None, (args.lm_eval or "").split(",")))
+    wanted = Benchmarks(tasks, args.lm_eval_tasks_folder, args.lm_eval_limit) if tasks else None
+    run(args.target, args.overrides, args.adapter, args.model, args.format, num_answers=count, answer_tokens=longest, benchmarks=wanted)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = parser_for(__doc__)
+    made.add_argument("target", type=Path, nargs="?", help="a recipe's YAML file or a run's folder")
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    made.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id) to put on the recipe's base")
+    made.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
+    made.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
+    made.add_argument("--answers", type=int, metavar="N", help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})")
+    made.add_argument("--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})")
+    made.add_argument("--lm-eval", metavar="TASK,TASK", help="benchmarks of the lm-evaluation-harness, for base and adapter")
+    made.add_argument("--lm-eval-tasks-folder", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
+    made.add_argument("--lm-eval-limit", type=int, metavar="N", help="examples of each task (all)")
+    made.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs to put side by side")
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="where --compare writes (the folder that the runs have in common)")
+    return made
+
+
 if __name__ == "__main__":
-    parser = parser_for(__doc__)
-    parser.add_argument("target", type=Path, help="a recipe's YAML file or a run's folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id) to put on the recipe's base")
-    parser.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
-    parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
-    args = parser.parse_intermixed_args()
+    args = parser().parse_intermixed_args()
     signal.signal(signal.SIGTERM, end_at_once)
     with exit_at_once_on_errors():
-        with_clear_errors(lambda: run(args.target, args.overrides, args.adapter, args.model, args.format), debug=args.debug)
+        with_clear_errors(lambda: main(args), debug=args.debug)

@@ -23,6 +23,7 @@ from rich.text import Text
 from qlora_suite import dataset
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
+from qlora_suite.funnel import LABELS, reading_rows, split_rows
 from qlora_suite.inspection import LENGTHS, inspect, quantiles
 from qlora_suite.preparation import check_replaceable, prepare
 from qlora_suite.recipe import Recipe
@@ -31,32 +32,6 @@ from qlora_suite.rendered import Rendered
 from qlora_suite.selection import SPLITS, Selection, selected, write_ids, write_messages
 from qlora_suite.tracking import console, say
 
-LABELS = {
-    "trees": "groups: trees, or first questions",
-    "conversations": "conversations taken",
-    "duplicates": "  dropped: held out word for word",
-    "same_question": "  dropped: begin as a held-out one does",
-    "no_reply": "  dropped: no reply of a wanted length",
-    "beyond_max": "  dropped: beyond max_examples",
-    "weighted_out": "  dropped: by their weight",
-    "copies": "  taken once more, by their weight",
-    "unanswered": "  dropped: no assistant turn",
-    "nothing_new": "  dropped: nothing that is learnt here",
-    "refused": "  dropped: the chat format cannot write them",
-    "dropped_too_long": "  dropped: too long",
-    "kept": "conversations kept",
-    "open_ends": "  of them, cut before a last unanswered prompt",
-    "cut_conversations": "  of them, cut at max_length",
-    "cut_tokens": "  supervised tokens cut",
-    "replies_outside": "replies of an unwanted length, as context",
-    "system_moved": "system turns moved into a user turn",
-    "rewritten": "answers as context: the template rewrites them",
-    "marker_texts": "texts in messages that look like a role marker",
-    "rows": "rows",
-    "tokens": "tokens",
-    "supervised": "supervised tokens",
-}
-ALWAYS = ("trees", "conversations", "kept", "rows", "tokens", "supervised")
 MUCH = 0.05
 """A share of the supervised tokens that is worth a note when it is cut."""
 BAD_ROWS_SHOWN = 3
@@ -113,29 +88,22 @@ def show_bad_rows(selection: Selection) -> None:
 
 def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     """Where every message and every conversation went."""
-    kept = counts["read"] - sum(counts["dropped"].values())
-    width = max(map(len, [*LABELS.values(), *(f"  dropped: {reason}" for reason in counts["dropped"])]))
+    reading, splits = reading_rows(counts), split_rows(counts, recipe.data.packing)
+    width = max(map(len, [*LABELS.values(), *(label for label, _ in reading)]))
     if len(counts["sets"]) > 1:
         for one in counts["sets"]:
             left = one["read"] - sum(one["dropped"].values())
             of_it = f"{left:,} of {one['read']:,} {one['unit']} kept, of form {one['form']}"
             say(f"{one['name']}: {of_it}; {one['taken']:,} conversations for training")
-    say(f"{counts['unit'] + ' read':<{width}} {counts['read']:>9,}")
-    for reason, count in counts["dropped"].items():
-        say(f"{'  dropped: ' + reason:<{width}} {count:>9,}")
-    say(f"{counts['unit'] + ' kept':<{width}} {kept:>9,}\n")
+    for label, count in reading:
+        say(f"{label:<{width}} {count:>9,}")
+    say("")
     table = Table(box=None, pad_edge=False)
     table.add_column("", min_width=width)
     for split in SPLITS:
         table.add_column(split, justify="right")
-    for key, label in LABELS.items():
-        values = [counts[split][key] for split in SPLITS]
-        if any(values) or key in ALWAYS:
-            # The validation split is kept as messages: evaluate.py renders it in each format that it compares.
-            as_messages = key in ("rows", "tokens", "supervised")
-            table.add_row(label, *(f"{v:,}" for v in values[:2]), "-" if as_messages else f"{values[2]:,}")
-    if recipe.data.packing:
-        table.add_row("padding in packed rows", *(f"{counts[split]['padding_share']:.1%}" for split in ("train", "dev")), "-")
+    for label, values in splits:
+        table.add_row(label, *values)
     console.print(table)
     if any(one.split == "by_hash" for one in recipe.data.each):
         say("the validation split is cut by a hash of the tree, or of the first question")

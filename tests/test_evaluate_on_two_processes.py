@@ -78,6 +78,13 @@ def assert_same_report(report: dict[str, Any], one: dict[str, Any]) -> None:
 
 def test_two_processes_report_what_one_reports(runs: Path, one: dict[str, Any], two_ranks: tuple) -> None:
     assert_same_report(read_json(runs / "plain" / "report.json"), one)
+    assert read_json(runs / "plain" / "report.json")["answers"] == one["answers"]
+    pages = []
+    for name in ("plain", "one"):  # in drawings, rounding shows
+        page = re.sub(r"<svg.*?</svg>", "", (runs / name / "report.html").read_text(), flags=re.S).partition('<h2 id="capsule">')[0]
+        pages.append(page.replace(str(runs / name), ""))
+    assert "Answers, side by side" in pages[0]
+    assert pages[0] == pages[1]
     text, expected = ((runs / name / "report.md").read_text() for name in ("plain", "one"))
     assert text.partition("## Made by")[0] == expected.partition("## Made by")[0]
     files = sorted(path.name for path in (runs / "plain" / "evaluation").iterdir())
@@ -163,7 +170,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(runs: Path) -> None:
     command = [*LAUNCH, "2", "scripts/evaluate.py", str(runs / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert done.stderr.count("there is no recipe at") == 1
+    assert done.stderr.count("there is no run in") == 1
     assert done.stderr.count("error: ") == 1
 
 

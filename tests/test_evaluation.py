@@ -413,10 +413,10 @@ def test_only_a_run_writes_the_runs_report(finished: Path, tmp_path: Path) -> No
     out = f"output.dir={tmp_path}"
     base = evaluate(finished, out)
     assert (base["adapter"], base["difference"]) == (None, None)
-    assert written() == ["report-base.json", "report-base.md"]
+    assert written() == ["report-base.html", "report-base.json", "report-base.md"]
     assert "adapter_nats" not in base["conversations"][0]
     evaluate(finished, out, adapter=str(finished.parent / "run" / "final"))
-    assert written() == ["report-base.json", "report-base.md", "report-final.json", "report-final.md"]
+    assert written() == [f"report-{name}.{ending}" for name in ("base", "final") for ending in ("html", "json", "md")]
     names = [subject_of(finished, [out], adapter=place).report for place in ("some one/phi 2: lora", ".", "/")]
     here = re.sub(r"[^A-Za-z0-9._-]+", "-", Path.cwd().name)
     assert names == ["report-phi-2-lora", f"report-{here}", "report-other"]

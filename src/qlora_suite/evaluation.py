@@ -309,12 +309,19 @@ def paired_interval(base: Sequence[AnswerScore], adapter: Sequence[AnswerScore],
     replacement, and base and adapter are scored on the same draw (Efron and Tibshirani, 1993, chapters 8 and 13). Over few trees
     such an interval is too narrow, so there is no `verdict` (better, worse or not clearly different) below MIN_TREES.
     """
-    groups = sorted({a.group for a in base})
-    place = {group: i for i, group in enumerate(groups)}
-    sums = np.zeros((len(groups), 2))  # per tree: nats of the difference, bytes
     for b, a in zip(base, adapter, strict=True):
         assert (b.key, b.number, b.bytes) == (a.key, a.number, a.bytes), "the two models were not scored on the same answers"
-        sums[place[b.group]] += (a.nats - b.nats, b.bytes)
+    nats = [a.nats - b.nats for b, a in zip(base, adapter, strict=True)]
+    return bootstrapped([b.group for b in base], nats, [b.bytes for b in base], samples, seed)
+
+
+def bootstrapped(trees: Sequence[str], nats: Sequence[float], sizes: Sequence[int], samples: int, seed: int = 0) -> dict[str, Any]:
+    """The difference of `paired_interval`, of parts that name their tree, their difference in nats and their bytes."""
+    groups = sorted(set(trees))
+    place = {group: i for i, group in enumerate(groups)}
+    sums = np.zeros((len(groups), 2))  # per tree: nats of the difference, bytes
+    for tree, difference, size in zip(trees, nats, sizes, strict=True):
+        sums[place[tree]] += (difference, size)
     total = sums.sum(axis=0)
     low = high = None
     if len(groups) > 1:

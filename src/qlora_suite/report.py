@@ -29,6 +29,36 @@ def left_out_lines(report: dict[str, Any]) -> list[str]:
     return [f"left out: {left['why']}" for left in report["left_out"]]
 
 
+def benchmark_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Task, metric and the models' cells (`value`, `stderr`; None where a model has none) of the lm-evaluation-harness, if it ran."""
+    if not report.get("lm_eval"):
+        return []
+    columns = report["lm_eval"]["columns"].values()
+    first = next(iter(columns))["results"]
+    return [
+        {"task": task, "metric": metric, "cells": [column["results"].get(task, {}).get(metric) for column in columns]}
+        for task, metrics in first.items()
+        for metric in metrics
+    ]
+
+
+def benchmark_cell(cell: dict[str, float | None] | None) -> str:
+    """`0.7000 ± 0.0100`, with one standard error."""
+    if not cell or cell["value"] is None:
+        return "-"
+    return f"{cell['value']:.4f}" + (f" ± {cell['stderr']:.4f}" if cell["stderr"] is not None else "")
+
+
+def benchmark_lines(report: dict[str, Any]) -> list[str]:
+    """For the console: a line for each task and metric."""
+    labels = [column["label"] for column in report["lm_eval"]["columns"].values()] if report.get("lm_eval") else []
+    return [
+        f"lm-eval {row['task']}, {row['metric']}: "
+        + ", ".join(f"{label} {benchmark_cell(cell)}" for label, cell in zip(labels, row["cells"], strict=True))
+        for row in benchmark_rows(report)
+    ]
+
+
 def cut_line(report: dict[str, Any]) -> str:
     cut = report["cut"]
     return f"cut, because they do not fit in every format: {cut['answers']} answers, {cut['tokens']:,} tokens, {cut['bytes']:,} bytes"
@@ -36,25 +66,27 @@ def cut_line(report: dict[str, Any]) -> str:
 
 def result_table(report: dict[str, Any]) -> Table:
     """Formats by models, bits per byte and perplexity."""
-    table = Table(title="bits per byte (perplexity) of the answers' content", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title="bits per byte (perplexity) of the answers' content (lower is better)", title_justify="left", box=None, pad_edge=False
+    )
     table.add_column("format")
-    for _, label in _columns(report):
+    for _, label in shown_columns(report):
         table.add_column(label, justify="right")
     for name, cells in report["formats"].items():
-        table.add_row(name, *(_cell(cells.get(column)) for column, _ in _columns(report)))
+        table.add_row(name, *(_cell(cells.get(column)) for column, _ in shown_columns(report)))
     return table
 
 
 def markdown(report: dict[str, Any]) -> str:
     """report.md."""
-    columns = _columns(report)
+    columns = shown_columns(report)
     lines = ["# Evaluation", "", headline(report), ""]
     lines += ["| format | " + " | ".join(label for _, label in columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, cells in report["formats"].items():
         lines.append(f"| {name} | " + " | ".join(_cell(cells.get(column)) for column, _ in columns) + " |")
     lines += ["", "Bits per byte of the answers' content (perplexity per token in brackets). Lower is better.", ""]
     lines += [f"**{line[0].upper()}{line[1:]}**\n" for line in left_out_lines(report)]
-    lines += ["## What was measured", "", *(f"- {line}" for line in _facts(report)), ""]
+    lines += ["## What was measured", "", *(f"- {line}" for line in facts(report)), ""]
     if report["slices"]:
         with_base = "base" in report["slices"][0]
         lines += ["## Slices", "", "| by | slice | answers | base | adapter | difference |", "|---|---|---:|---:|---:|---:|"]
@@ -63,11 +95,27 @@ def markdown(report: dict[str, Any]) -> str:
             difference = f"{row['adapter'] - row['base']:+.4f}" if with_base else "-"
             lines.append(f"| {row['by']} | {row['slice']} | {row['answers']} | {base}{row['adapter']:.4f} | {difference} |")
         lines += ["", "Bits per byte. Small slices say little: the interval above is for all answers together.", ""]
+    if rows := benchmark_rows(report):
+        labels = [column["label"] for column in report["lm_eval"]["columns"].values()]
+        lines += [f"## Benchmarks (lm-evaluation-harness {report['lm_eval']['version']})", ""]
+        lines += ["| task | metric | " + " | ".join(labels) + " |", "|---|---|" + "---:|" * len(labels)]
+        lines += [f"| {row['task']} | {row['metric']} | " + " | ".join(map(benchmark_cell, row["cells"])) + " |" for row in rows]
+        limit = f" The first {report['lm_eval']['limit']} examples of each." if report["lm_eval"]["limit"] else ""
+        lines += ["", f"As plain text, without a chat template; ± one standard error.{limit}", ""]
+    if report.get("answers"):
+        columns = report["answers"]["columns"].values()
+        lines += ["## Answers", "", "| | " + " | ".join(column["label"] for column in columns) + " |", "|---|" + "---:|" * len(columns)]
+        for name, key in (("end by themselves", "stopped"), ("end within 100 words", "concise"), ("repetition", "repetition")):
+            lines.append(f"| {name} | " + " | ".join(f"{column[key]:.0%}" for column in columns) + " |")
+        lines += ["| words, median | " + " | ".join(f"{column['median_words']:.0f}" for column in columns) + " |", ""]
+        count, longest = len(report["answers"]["prompts"]), report["answers"]["max_new_tokens"]
+        lines += [f"{count} greedy answers of up to {longest} tokens; report.html has them side by side.", ""]
     lines += ["## Made by", "", *(f"- {key}: {value}" for key, value in report["made_by"].items()), ""]
     return "\n".join(lines)
 
 
-def _columns(report: dict[str, Any]) -> list[tuple[str, str]]:
+def shown_columns(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, label) of the models that were scored, in the order in which they are shown."""
     present = {column for cells in report["formats"].values() for column in cells}
     labels = dict(COLUMNS) | report["labels"]
     return [(column, labels[column]) for column, _ in COLUMNS if column in present]
@@ -77,7 +125,8 @@ def _cell(scores: dict[str, float] | None) -> str:
     return f"{scores['bits_per_byte']:.4f} ({scores['perplexity']:.2f})" if scores else "-"
 
 
-def _facts(report: dict[str, Any]) -> list[str]:
+def facts(report: dict[str, Any]) -> list[str]:
+    """What was measured, in sentences."""
     data = report["data"]
     scored = report["adapter"] or report["base"]
     facts = [

@@ -1,0 +1,53 @@
+"""The data funnel: where every message and every conversation went, as a table for the console and for the report."""
+
+from typing import Any
+
+from qlora_suite.selection import SPLITS
+
+LABELS = {
+    "trees": "groups: trees, or first questions",
+    "conversations": "conversations taken",
+    "duplicates": "  dropped: held out word for word",
+    "same_question": "  dropped: begin as a held-out one does",
+    "no_reply": "  dropped: no reply of a wanted length",
+    "beyond_max": "  dropped: beyond max_examples",
+    "weighted_out": "  dropped: by their weight",
+    "copies": "  taken once more, by their weight",
+    "unanswered": "  dropped: no assistant turn",
+    "nothing_new": "  dropped: nothing that is learnt here",
+    "refused": "  dropped: the chat format cannot write them",
+    "dropped_too_long": "  dropped: too long",
+    "kept": "conversations kept",
+    "open_ends": "  of them, cut before a last unanswered prompt",
+    "cut_conversations": "  of them, cut at max_length",
+    "cut_tokens": "  supervised tokens cut",
+    "replies_outside": "replies of an unwanted length, as context",
+    "system_moved": "system turns moved into a user turn",
+    "rewritten": "answers as context: the template rewrites them",
+    "marker_texts": "texts in messages that look like a role marker",
+    "rows": "rows",
+    "tokens": "tokens",
+    "supervised": "supervised tokens",
+}
+ALWAYS = ("trees", "conversations", "kept", "rows", "tokens", "supervised")
+AS_MESSAGES = ("rows", "tokens", "supervised")
+"""What the validation split does not have: it is kept as messages, and evaluate.py renders it in each format that it compares."""
+
+
+def reading_rows(counts: dict[str, Any]) -> list[tuple[str, int]]:
+    """What was read, and what was left out by which reason."""
+    dropped = counts["dropped"]
+    lines = [(f"{counts['unit']} read", counts["read"]), *((f"  dropped: {reason}", count) for reason, count in dropped.items())]
+    return [*lines, (f"{counts['unit']} kept", counts["read"] - sum(dropped.values()))]
+
+
+def split_rows(counts: dict[str, Any], packing: bool) -> list[tuple[str, list[str]]]:
+    """A label and its values in the order of SPLITS; lines that are zero throughout are left out."""
+    lines = []
+    for key, label in LABELS.items():
+        values = [counts[split][key] for split in SPLITS]
+        if any(values) or key in ALWAYS:
+            lines.append((label, [*(f"{v:,}" for v in values[:2]), "-" if key in AS_MESSAGES else f"{values[2]:,}"]))
+    if packing:
+        lines.append(("padding in packed rows", [*(f"{counts[split]['padding_share']:.1%}" for split in ("train", "dev")), "-"]))
+    return lines

@@ -1,0 +1,327 @@
+"""The evaluation as one page: report.html holds its style and its charts, opens from the disk and asks nobody for anything.
+
+    write_text(path, report_page(report, subject, manifest, conversations, journals_of(subject)))
+
+What a subject does not have (a base alone has no curves) is left out. All text goes through Jinja2's escaping; the page has no
+script, and its Content-Security-Policy allows nothing but its own style sheet.
+"""
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from qlora_suite import charts
+from qlora_suite.charts import Interval, Series
+from qlora_suite.conversations import Conversation
+from qlora_suite.files import read_json
+from qlora_suite.funnel import reading_rows, split_rows
+from qlora_suite.recipe_file import to_yaml
+from qlora_suite.report import benchmark_cell, benchmark_rows, facts, headline, left_out_lines, shown_columns
+from qlora_suite.sample_answers import CONCISE_WORDS, words
+from qlora_suite.selection import SPLITS
+from qlora_suite.subject import Subject
+from qlora_suite.tracking import read_journal
+
+LN2 = math.log(2)
+MOST_SHOWN = 10
+"""Conversations of either kind: improved, worsened."""
+QUANTILES = (
+    ("lowest", 0.0),
+    ("10 % are below", 0.1),
+    ("25 % are below", 0.25),
+    ("median", 0.5),
+    ("75 % are below", 0.75),
+    ("90 % are below", 0.9),
+    ("highest", 1.0),
+)
+MOST_CHARS = 1500
+"""Of one turn."""
+MOST_PREVIEWS = 12
+"""Steps of the preview timeline: the first, the last and some between."""
+_UNSEEN = dict.fromkeys({*range(32), *range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
+"""Control characters and halves of surrogate pairs, which HTML cannot hold; tab and line feed can stay."""
+
+
+def environment() -> Environment:
+    """Escapes everything; a name that is not there is an error."""
+    made = Environment(
+        loader=PackageLoader("qlora_suite", "pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.finalize = lambda value: value if isinstance(value, Markup) else _printable(value)
+    made.filters["clipped"] = clipped
+    return made
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page of its own: with the style sheet inside, and a policy that allows this one by its hash."""
+    made = environment()
+    style = (made.loader.get_source(made, "style.css")[0]).strip()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    return made.get_template(template).render(style=Markup(style), policy=policy, **values)  # noqa: S704  our own file
+
+
+def _printable(value: Any) -> Any:
+    """Text without control characters and halves of surrogate pairs, which HTML cannot hold."""
+    return value.translate(_UNSEEN) if isinstance(value, str) else value
+
+
+def clipped(text: str, most: int = MOST_CHARS) -> str:
+    return text if len(text) <= most else f"{text[:most].rstrip()} … ({len(text) - most:,} more characters)"
+
+
+def journals_of(subject: Subject) -> dict[str, Any]:
+    """What a run wrote while it learnt: its metrics, previews and run.json. Empty for everything that is no run's result."""
+    if subject.report != "report":
+        return {}
+    folder = subject.folder
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    return {"metrics": read_journal(folder / "metrics.jsonl"), "previews": read_journal(folder / "previews.jsonl"), "run": run}
+
+
+def report_page(
+    report: Mapping[str, Any],
+    subject: Subject,
+    manifest: Mapping[str, Any],
+    conversations: Sequence[Conversation],
+    journals: Mapping[str, Any],
+) -> str:
+    """The page's HTML."""
+    return rendered(
+        "report.html",
+        title=str(subject.folder) if subject.report == "report" else subject.report.removeprefix("report-"),
+        kind="run" if subject.report == "report" else "base" if subject.report == "report-base" else "trained elsewhere",
+        base_name=subject.recipe.model.base,
+        report=report,
+        headline=headline(report),
+        left_out=left_out_lines(report),
+        facts=facts(report),
+        scale=_scale(report),
+        formats=_formats(report),
+        tiles=_tiles(report),
+        curves=curves(journals.get("metrics", []), journals.get("previews", [])),
+        differences=differences(report, conversations),
+        previews=_timeline(journals.get("previews", [])),
+        answers=answers(report),
+        end_tokens=_end_tokens(report),
+        lm_eval=[{**row, "cells": list(map(benchmark_cell, row["cells"]))} for row in benchmark_rows(report)],
+        reading=reading_rows(manifest["counts"]),
+        splits=SPLITS,
+        funnel=split_rows(manifest["counts"], subject.recipe.data.packing),
+        capsule=_capsule(report, journals.get("run", {}), manifest),
+        recipe=to_yaml(subject.recipe),
+        concise_words=CONCISE_WORDS,
+    )
+
+
+# --- parts
+
+
+def _scale(report: Mapping[str, Any]) -> Markup | None:
+    """The difference and its interval, against no difference."""
+    d = report["difference"]
+    if not d or not d["interval_95"]:
+        return None
+    low, high = d["interval_95"]
+    colour = {"better": "good", "worse": "bad"}.get(d["verdict"], "base")
+    row = Interval("", d["bits_per_byte"], low, high, colour=colour)
+    return charts.intervals([row], "the difference and its 95 % interval, against zero", "bits per byte, adapter − base", mark=0.0)
+
+
+def _formats(report: Mapping[str, Any]) -> dict[str, Any]:
+    columns = shown_columns(report)
+    found = [cell["bits_per_byte"] for cells in report["formats"].values() for cell in cells.values()]
+    rows = [
+        (name, [cells.get(column) for column, _ in columns], [_is_compared(report, name, column) for column, _ in columns])
+        for name, cells in report["formats"].items()
+    ]
+    return {"labels": [label for _, label in columns], "rows": rows, "best": min(found)}
+
+
+def _is_compared(report: Mapping[str, Any], name: str, column: str) -> bool:
+    sides = [
+        report["base"] and (report["base"]["format"], report["base"]["column"]),
+        report["adapter"] and (report["adapter"]["format"], "adapter"),
+    ]
+    return (name, column) in sides
+
+
+def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Small numbers under the headline: what, base -> adapter."""
+    base, adapter, tiles = report["base"], report["adapter"], []
+
+    def add(label: str, of: Any, write: Any) -> None:
+        sides = [write(of(side)) if side and of(side) is not None else "" for side in (base, adapter)]
+        if any(sides):
+            tiles.append({"label": label, "base": sides[0], "adapter": sides[1]})
+
+    if d := report["difference"]:
+        tiles.append({"label": "Trees on which the adapter is better", "base": "", "adapter": f"{d['better_trees']} of {d['trees']}"})
+    add("Perplexity per token", lambda s: s["perplexity"], lambda v: f"{v:,.2f}")
+    asked = report.get("answers") or {"columns": {}}
+    of_answers = {id(base): asked["columns"].get("base"), id(adapter): asked["columns"].get("adapter")}
+    add("Answers ended by themselves", lambda s: (of_answers[id(s)] or {}).get("stopped"), lambda v: f"{v:.0%}")
+    add(f"Answers ended within {CONCISE_WORDS} words", lambda s: (of_answers[id(s)] or {}).get("concise"), lambda v: f"{v:.0%}")
+    add("Repetition in answers", lambda s: (of_answers[id(s)] or {}).get("repetition"), lambda v: f"{v:.0%}")
+    return tiles
+
+
+def curves(metrics: Sequence[Mapping[str, Any]], previews: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Charts of a run's journals; none for a key that it does not have."""
+    steps = [r for r in metrics if "loss" in r]
+    found: list[dict[str, Any]] = []
+
+    def add(title: str, series: Sequence[Series], keys: Sequence[tuple[str, str]] = (), note: str = "", **style: Any) -> None:
+        series = [one for one in series if any(value is not None for value in one.y)]
+        if series:
+            svg = charts.lines(series, title, **style)
+            found.append({"title": title, "svg": svg, "legend": charts.legend(*keys) if len(series) > 1 else "", "note": note})
+
+    def of(key: str, colour: str = "adapter", **style: Any) -> Series:
+        rows = [r for r in steps if key in r]
+        return Series(key, [r["step"] for r in rows], [r[key] for r in rows], colour, **style)
+
+    dev = [r for r in metrics if "dev_loss" in r]
+    of_dev = Series("dev_loss", [r["step"] for r in dev], [r["dev_loss"] for r in dev], "adapter", points=True)
+    loss = of("loss", "base", faint=True) if dev else of("loss")
+    skipped = sum(r.get("applied") is False for r in steps)
+    note = f"{skipped:,} steps not applied, for they were not finite" if skipped else ""
+    add("Loss, nats per token", [loss, of_dev], [("base", "training"), ("adapter", "development")], note)
+    add("Learning rate", [of("learning_rate")], from_zero=True)
+    add("Gradient norm, before clipping", [of("grad_norm")], from_zero=True)
+    add("Tokens per second", [of("tokens_per_second")], from_zero=True)
+    add("Peak memory, GiB", [of("peak_memory_gib")], from_zero=True)
+    asked = [r["step"] for r in previews]
+    stops = Series("stopped", asked, [r["stopped"] for r in previews], "adapter", points=True)
+    again = Series("repetition", asked, [r["repetition"] for r in previews], "base", points=True)
+    add("Preview answers", [stops, again], [("adapter", "end by themselves"), ("base", "repetition")], percent=True)
+    return found
+
+
+def differences(report: Mapping[str, Any], conversations: Sequence[Conversation]) -> dict[str, Any] | None:
+    """The histogram, and the conversations at its ends with their text."""
+    rows = [
+        {**row, "change": (row["adapter_nats"] - row["base_nats"]) / LN2 / row["bytes"]}
+        for row in report["conversations"]
+        if "adapter_nats" in row and "base_nats" in row and row["bytes"]
+    ]
+    if not rows:
+        return None
+    texts = {(c.key, c.group): c for c in conversations}
+    ordered = sorted(rows, key=lambda row: row["change"])
+    changes = [row["change"] for row in rows]
+
+    def shown(chosen: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {
+                **row,
+                "base": row["base_nats"] / LN2 / row["bytes"],
+                "adapter": row["adapter_nats"] / LN2 / row["bytes"],
+                "turns": texts[row["key"], row["tree"]].turns if (row["key"], row["tree"]) in texts else (),
+            }
+            for row in chosen
+        ]
+
+    improved = [row for row in ordered if row["change"] < 0]
+    worsened = [row for row in reversed(ordered) if row["change"] > 0]
+    return {
+        "svg": charts.histogram(changes, "conversations by their difference in bits per byte", "bits per byte, adapter − base"),
+        "count": len(rows),
+        "num_improved": len(improved),
+        "num_worsened": len(worsened),
+        "median": sorted(changes)[len(changes) // 2],
+        "quantiles": [(name, float(np.quantile(changes, share))) for name, share in QUANTILES],
+        "improved": shown(improved[:MOST_SHOWN]),
+        "worsened": shown(worsened[:MOST_SHOWN]),
+    }
+
+
+def _timeline(previews: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Each prompt with its answers over the steps."""
+    if not previews:
+        return None
+    many = len(previews)
+    chosen = sorted({round(i * (many - 1) / max(1, min(many, MOST_PREVIEWS) - 1)) for i in range(min(many, MOST_PREVIEWS))})
+    prompts: dict[str, list[dict[str, Any]]] = {}
+    for place in chosen:
+        for one in previews[place]["answers"]:
+            prompts.setdefault(one["prompt"], []).append({"step": previews[place]["step"], **one})
+    return {"prompts": prompts, "shown": len(chosen), "all": many}
+
+
+def answers(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Base and adapter side by side, with the table of what can be counted of them."""
+    asked = report.get("answers")
+    if not asked or not asked["prompts"]:
+        return None
+    columns = asked["columns"]
+    names = list(columns)
+    rows = [{**prompt, "answers": [columns[name]["answers"][i] for name in names]} for i, prompt in enumerate(asked["prompts"])]
+    references = [words(prompt["reference"]) for prompt in asked["prompts"] if prompt["reference"]]
+    strips = [(columns[name]["label"], [words(one["text"]) for one in columns[name]["answers"]], name) for name in names]
+    if references:
+        strips.append(("people", references, "muted"))
+    measured = [
+        ("End by themselves", [f"{columns[n]['stopped']:.0%}" for n in names]),
+        (f"End by themselves within {CONCISE_WORDS} words", [f"{columns[n]['concise']:.0%}" for n in names]),
+        ("Median length, words", [f"{columns[n]['median_words']:,.0f}" for n in names]),
+        ("Repetition: 4-token windows that stood there before", [f"{columns[n]['repetition']:.0%}" for n in names]),
+    ]
+    return {
+        "labels": [columns[n]["label"] for n in names],
+        "names": names,
+        "rows": rows,
+        "measured": measured,
+        "held_out": sum(prompt["held_out"] for prompt in asked["prompts"]),
+        "max_new_tokens": asked["max_new_tokens"],
+        "lengths": charts.strips(strips, f"words of each answer, with a line at {CONCISE_WORDS}", "words", mark=CONCISE_WORDS),
+    }
+
+
+def _end_tokens(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How likely an end token is where a reference answer ends, of the two models that the headline compares."""
+    sides = [(name, report[name]) for name in ("base", "adapter")]
+    return [
+        {"name": n, "log_probability": -s["end_nll"], "probability": s["end_probability"], "count": s["end_tokens"]}
+        for n, s in sides
+        if s and s["end_tokens"]
+    ]
+
+
+def _capsule(report: Mapping[str, Any], run: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What it takes to make the same again, in groups of (name, value)."""
+    groups: list[tuple[str, list[tuple[str, str]]]] = []
+    if run:
+        git = run.get("git")
+        changed = f", {git['changed_files']} files changed since" if git and git["changed_files"] else ""
+        sizes = run["parameters"]
+        training = [
+            ("command", " ".join(run["command"])),
+            ("git", f"{git['commit']}{changed}" if git else ""),
+            ("engine", f"{run['engine']}, {run['processes']} process{'es' if run['processes'] > 1 else ''}, {run['precision']}"),
+            ("trained parameters", f"{sizes['trainable']:,} beside {sizes['base']:,}"),
+            ("servable as", f"{run['servable_as']}: {run['servable_because']}"),
+            *_flat(run["hardware"]),
+            *_flat(run["versions"]),
+        ]
+        groups.append(("Training", [pair for pair in training if pair[1]]))
+    groups.append(("Evaluation", _flat(report["made_by"])))
+    hashes = [
+        ("validation.arrow", report["data"]["validation_sha256"]),
+        *manifest.get("sources", {}).items(),
+        *report.get("weights", {}).items(),
+    ]
+    if run.get("base"):
+        hashes.append(("base: commit, or hash of its files", run["base"]))
+    groups.append(("Hashes, SHA-256", [(name, str(value)) for name, value in hashes]))
+    return groups
+
+
+def _flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name.replace("_", " "), str(value)) for name, value in values.items()]

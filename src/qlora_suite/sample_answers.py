@@ -1,0 +1,164 @@
+"""Answers to read beside the scores: base and adapter, greedy, on held-out first questions and on a few fixed prompts.
+
+    prompts = chosen_prompts(conversations, renderer, count=6, room=864)
+    for _ in answer_all(subject, renderer, files, prompts, 160, device, dtype): ...     batch by batch, into files
+    measures(read_answers(files["adapter"]))                                  share that ends by itself, words, repetition
+
+The held-out questions are drawn by a hash of their text, so nobody picks the ones that look well.
+"""
+
+import contextlib
+import hashlib
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_suite.assistant import Assistant, load
+from qlora_suite.chat import Renderer
+from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.engine import autocast
+from qlora_suite.evaluation import release_memory
+from qlora_suite.files import read_json, write_json
+from qlora_suite.generation import Answer, answer
+from qlora_suite.subject import Subject
+
+FIXED = (
+    "Rewrite this note as a short professional e-mail of at most 100 words: own up to the missed deadline, offer Friday instead, list "
+    'three next steps as bullet points, close politely. Note: "Sorry, the report is not finished. Is Friday possible?"',
+    "What is the capital of France?",
+    "Explain to a beginner in two sentences what a hash function does.",
+)
+"""The same for every model, so that reports can be read beside each other. The first is the task of the seed system 004."""
+CONCISE_WORDS = 100
+BATCH = 10
+OPENING_WORDS = 24
+"""Of a held-out plain text, as a prompt."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    turns: tuple[Turn, ...]
+    """They end on the user's turn."""
+    held_out: bool
+    """From the validation split, or one of FIXED."""
+    reference: str | None = None
+    """What a person answered."""
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in report.json."""
+        system = next((turn.content for turn in self.turns if turn.role == "system"), None)
+        return {"prompt": self.text, "system": system, "held_out": self.held_out, "reference": self.reference}
+
+    @property
+    def text(self) -> str:
+        return self.turns[-1].content
+
+
+def chosen_prompts(conversations: Sequence[Conversation], renderer: Renderer, count: int, room: int) -> list[Prompt]:
+    """Up to `count` held-out first questions, one of a tree, in the order of their hashes, then FIXED; of at most `room` tokens each."""
+
+    def fits(prompt: Prompt) -> bool:
+        try:
+            return 0 < len(renderer.prompt(prompt.turns)) <= room
+        except ValueError:  # this format has no place for it
+            return False
+
+    first_of_trees: dict[str, Prompt] = {}
+    for conversation in conversations:
+        if prompt := _opening(conversation, renderer.is_plain_text):
+            first_of_trees.setdefault(conversation.group, prompt)
+    by_hash = {hashlib.sha256(p.text.encode("utf-8", "surrogatepass")).hexdigest(): p for p in first_of_trees.values()}
+    held_out = (prompt for _, prompt in sorted(by_hash.items()) if fits(prompt))
+    fixed = (Prompt((Turn("user", text),), held_out=False) for text in FIXED)
+    return [*(prompt for prompt, _ in zip(held_out, range(count), strict=False)), *filter(fits, fixed)]
+
+
+def _opening(conversation: Conversation, is_plain_text: bool) -> Prompt | None:
+    """The turns before the first answer, with this answer; None if there are none."""
+    place = next((i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"), None)
+    if place is None:
+        return None
+    reference = conversation.turns[place].content
+    if is_plain_text:
+        words = reference.split(" ")
+        opening, rest = " ".join(words[:OPENING_WORDS]), " ".join(words[OPENING_WORDS:])
+        return Prompt((Turn("user", opening),), held_out=True, reference=rest) if rest else None
+    before = conversation.turns[:place]
+    return Prompt(before, held_out=True, reference=reference) if before and before[-1].role == "user" else None
+
+
+def answer_all(
+    subject: Subject,
+    renderer: Renderer,
+    files: Mapping[str, Path],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_token: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
+    """Write those of the files (`base`, `adapter`) that are not there, and stop after each batch; `on_token` hears of every token.
+
+    Half as many prompts at once each time that a GPU's memory is short. Raises OutOfMemoryError if one is too much.
+    """
+    missing = [name for name, file in files.items() if not file.is_file()]
+    if not missing:
+        return
+    assistant = load(subject, device, dtype)
+    yield
+    for name in missing:
+        answers: list[Answer] = []
+        size = BATCH
+        with assistant.as_base() if name == "base" and assistant.has_adapter else contextlib.nullcontext():
+            while len(answers) < len(prompts):
+                chats = [prompt.turns for prompt in prompts[len(answers) : len(answers) + size]]
+                made = _answers_of(assistant, renderer, chats, max_new_tokens, on_token)
+                if made is None:
+                    if len(chats) == 1:
+                        raise torch.OutOfMemoryError("one prompt at a time is too much")
+                    release_memory()
+                    size = len(chats) // 2
+                answers += made or []
+                yield
+        write_json(files[name], [asdict(one) for one in answers])
+
+
+def _answers_of(
+    assistant: Assistant, renderer: Renderer, chats: Sequence[Sequence[Turn]], max_new_tokens: int, on_token: Callable[[], None]
+) -> list[Answer] | None:
+    """None if memory is short."""
+
+    def heard() -> bool:
+        on_token()
+        return False
+
+    with contextlib.suppress(torch.OutOfMemoryError), autocast(assistant.device, assistant.dtype):
+        return answer(assistant.net, renderer, chats, max_new_tokens, heard)
+    return None
+
+
+def read_answers(file: Path) -> list[Answer]:
+    return [Answer(**values) for values in read_json(file)]
+
+
+def as_column(answers: Sequence[Answer]) -> dict[str, Any]:
+    """As they stand in report.json: what was counted, and the answers."""
+    return {**measures(answers), "answers": [asdict(one) for one in answers]}
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def measures(answers: Sequence[Answer]) -> dict[str, Any]:
+    """What can be counted of answers without judging them."""
+    return {
+        "stopped": sum(one.stopped for one in answers) / len(answers),
+        "concise": sum(one.stopped and words(one.text) <= CONCISE_WORDS for one in answers) / len(answers),
+        "median_words": statistics.median(words(one.text) for one in answers),
+        "repetition": statistics.fmean(one.repetition for one in answers),
+    }
