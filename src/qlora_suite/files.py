@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,24 @@ def written_aside(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_made_aside(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that takes `folder`'s name if the block ends well. Raises ValueError if something is in its place."""
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; remove it or give another folder")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in aside.iterdir():
+            path.chmod(aside.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read; a model is there to be shared
+            flush(path)
+        aside.rename(folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
