@@ -129,7 +129,7 @@ def record(
 ) -> dict[str, Any]:
     """merge.json: what was made from what, how it was chosen, and how far it is from the live model."""
     model, subject = assistant.recipe.model, assistant.subject
-    plain, missing = unquantised_base(model)
+    plain = unquantised_base(model)[0]
     final = subject.folder / "final"
     return {
         "format_version": 1,
@@ -229,7 +229,7 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path, help="a finished run's folder")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the merged model goes (the run's folder/merged)")
     parser.add_argument("--into", choices=WAYS, help="merge in this way alone")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the merged weights (the run's 16-bit type, else bf16)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the merged weights (the run's, if it has 16 bits)")
     parser.add_argument("--tokens", type=int, default=4096, help="measure on so many tokens (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
     args = parser.parse_args()

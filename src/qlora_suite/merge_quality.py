@@ -1,17 +1,17 @@
 """A merged model against the live one, 4-bit base and adapter, over the same words: how far apart, and which merge is the nearer.
 
-    rows = measured_rows(assistant, num_tokens=4096)
-    difference = compare(live, merged, rows, renderer, device, dtype)
-    recommended(live_perplexity, {"16bit": ..., "dequantised": ...})
+rows = measured_rows(assistant, num_tokens=4096)
+difference = compare(live, merged, rows, renderer, device, dtype)
+recommended(live_perplexity, {"16bit": ..., "dequantised": ...})
 """
 
 import math
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ def measured_rows(assistant: Assistant, num_tokens: int) -> Rows:
     if not held_out:
         held_out, kind = _previews(assistant), f"the run's own answers to its preview prompts ({why})"
     rendered = _rendered(held_out, assistant.renderer, assistant.window)
-    random.Random(0).shuffle(rendered)
+    rendered = [rendered[i] for i in np.random.Generator(np.random.Philox(0)).permutation(len(rendered))]
     kept, used = [], 0
     for part in rendered:
         if kept and used + len(part.ids) > num_tokens:

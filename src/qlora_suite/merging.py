@@ -160,8 +160,8 @@ def _with_change(weight: Tensor, layer: nn.Module) -> Tensor:
 def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = weight.to(dtype).cpu()
     if not rounded.isfinite().all():
-        largest = weight.abs().max().item()
-        raise ValueError(f"{name} does not fit into {str(dtype).removeprefix('torch.')} (largest weight: {largest:.3g}); use --dtype bfloat16")
+        kind, largest = str(dtype).removeprefix("torch."), weight.abs().max().item()
+        raise ValueError(f"{name} does not fit into {kind} (largest weight: {largest:.3g}); use --dtype bfloat16")
     return rounded
 
 

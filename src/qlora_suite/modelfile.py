@@ -105,7 +105,8 @@ def _hold(style: Layout) -> str:
     if style.system_block is None:
         return more
     before, _, after = style.system_block.partition("{}")
-    block = f'{{{{ if .Content }}}}{{{{ $held = print {_string(before)} .Content {_string(after)} }}}}{{{{ else }}}}{{{{ $held = "" }}}}{{{{ end }}}}'
+    first = f"{{{{ $held = print {_string(before)} .Content {_string(after)} }}}}"
+    block = f'{{{{ if .Content }}}}{first}{{{{ else }}}}{{{{ $held = "" }}}}{{{{ end }}}}'
     return f"{{{{ if eq $i 0 }}}}{block}{{{{ else }}}}{more}{{{{ end }}}}"
 
 

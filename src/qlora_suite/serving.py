@@ -71,6 +71,11 @@ def vllm(served: Served) -> list[str]:
     return lines
 
 
+def transformers(served: Served) -> list[str]:
+    """Slow, and good for a look; its dependencies come with `pip install "transformers[serving]"`."""
+    return [shlex.join(["transformers", "serve", served.merged, "--host", "127.0.0.1", "--port", "8000"])] if served.merged else []
+
+
 def llama_cpp(served: Served) -> list[str]:
     """Convert and quantise, then serve with the template that stands in the GGUF file."""
     if not served.merged:
