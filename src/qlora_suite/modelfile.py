@@ -60,8 +60,10 @@ def go_template(renderer: Renderer) -> str | None:
 
 
 def _chatml(renderer: Renderer) -> str:
-    prompt = renderer.chat.system_prompt
-    first = f"{{{{ if not .System }}}}{_text(f'<|im_start|>system{chr(10)}{prompt}<|im_end|>{chr(10)}')}{{{{ end }}}}" if prompt else ""
+    prompt, first = renderer.chat.system_prompt, ""
+    if prompt:  # where there is no system turn; an empty one is one
+        look = '{{ $given := false }}{{ range .Messages }}{{ if eq .Role "system" }}{{ $given = true }}{{ end }}{{ end }}'
+        first = f"{look}{{{{ if not $given }}}}{_text(f'<|im_start|>system{chr(10)}{prompt}<|im_end|>{chr(10)}')}{{{{ end }}}}"
     turn = f"{_text('<|im_start|>')}{{{{ .Role }}}}{_text(chr(10))}{{{{ .Content }}}}{_text('<|im_end|>' + chr(10))}"
     return f"{first}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{_text('<|im_start|>assistant' + chr(10))}"
 

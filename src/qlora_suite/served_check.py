@@ -13,6 +13,7 @@ What is told apart, from what is seen:
     another token, which ours found unlikely           other weights
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -76,11 +77,8 @@ def compare(ours: Answer, reply: Reply, renderer: Renderer) -> Finding:
     """White space at the edges does not count, nor do control tokens within our answer, which servers leave out."""
     markers = _markers_in(reply.text, renderer)
     special = [text for text in renderer.tokenizer.all_special_tokens if text]
-    texts = []
-    for text in (ours.text, reply.text):
-        for token in special:
-            text = text.replace(token, "")
-        texts.append(text.strip())
+    any_special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+    texts = [any_special.sub("", text).strip() for text in (ours.text, reply.text)]
     ids = [tuple(renderer.tokenizer(_lead(renderer) + text, add_special_tokens=False)["input_ids"]) if text else () for text in texts]
     common = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
     return Finding(

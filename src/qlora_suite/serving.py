@@ -100,7 +100,7 @@ def gguf_folder(merged: str) -> str:
 
 def commands(served: Served) -> dict[str, list[str]]:
     """By program, in the order in which they are run."""
-    found = {"vLLM": vllm(served), "llama.cpp": llama_cpp(served), "Ollama": ollama(served)}
+    found = {"vLLM": vllm(served), "llama.cpp": llama_cpp(served), "Ollama": ollama(served), "transformers": transformers(served)}
     return {program: lines for program, lines in found.items() if lines}
 
 
