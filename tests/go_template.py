@@ -73,7 +73,8 @@ def _control(head: tuple[str, ...], parts: list[Any]) -> tuple[Any, list[Any]]:
             return (head, inside, [node]), parts
         assert closing == ("else",)
         otherwise, parts = _block(parts)
-        assert parts and parts[0] == ("end",)
+        assert parts
+        assert parts[0] == ("end",)
         parts = parts[1:]
     else:
         assert closing == ("end",)

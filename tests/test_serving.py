@@ -64,7 +64,8 @@ def by_jinja(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]])
 def test_ollamas_template_writes_what_the_saved_jinja_template_writes(name: str, family: str) -> None:
     renderer = renderer_of(family, FORMATS[name])
     template = go_template(renderer)
-    assert template is not None and '"""' not in template
+    assert template is not None
+    assert '"""' not in template
     for messages in CHATS:
         assert render(template, messages) == by_jinja(renderer.tokenizer, messages), messages
 
@@ -78,7 +79,8 @@ def test_a_plain_text_begins_as_it_was_learnt() -> None:
 def test_the_modelfile_stops_at_every_trained_stop_token() -> None:
     text = modelfile(renderer_of("phi2", Chat()), source="./quickstart.gguf", window=1024)
     lines = text.splitlines()
-    assert "FROM ./quickstart.gguf" in lines and "PARAMETER num_ctx 1024" in lines
+    assert "FROM ./quickstart.gguf" in lines
+    assert "PARAMETER num_ctx 1024" in lines
     assert [line for line in lines if line.startswith("PARAMETER stop")] == [
         'PARAMETER stop "<|endoftext|>"',
         'PARAMETER stop "<|prompter|>"',
@@ -88,7 +90,8 @@ def test_the_modelfile_stops_at_every_trained_stop_token() -> None:
 
 def test_a_bases_own_template_is_left_to_the_gguf_and_that_is_said() -> None:
     text = modelfile(renderer_of("llama3", Chat(format="model")), source=".", window=8192)
-    assert 'TEMPLATE """' not in text and "# No TEMPLATE: the chat format is the base's own" in text
+    assert 'TEMPLATE """' not in text
+    assert "# No TEMPLATE: the chat format is the base's own" in text
     assert 'PARAMETER stop "<|eot_id|>"' in text
 
 
@@ -104,7 +107,8 @@ def test_ollama_converts_only_the_classes_that_it_names() -> None:
 
 @pytest.mark.parametrize(("rank", "wanted"), [(1, 1), (4, 8), (8, 8), (16, 16), (17, 32), (65, 128), (300, 320), (512, 512)])
 def test_vllm_gets_the_smallest_rank_that_it_takes(rank: int, wanted: int) -> None:
-    assert max_lora_rank(rank) == wanted and wanted in VLLM_RANKS
+    assert max_lora_rank(rank) == wanted
+    assert wanted in VLLM_RANKS
 
 
 def test_a_rank_that_vllm_cannot_serve_is_refused() -> None:
@@ -118,7 +122,8 @@ def served(**values: object) -> Served:
 
 def test_an_adapter_is_served_beside_its_base_with_its_own_tokenizer_and_rank() -> None:
     merged, adapter = (shlex.split(line) for line in commands(served(rank=20, revision="abc"))["vLLM"])
-    assert merged[:3] == ["vllm", "serve", "my runs/merged"] and merged[merged.index("--served-model-name") + 1] == "mine"
+    assert merged[:3] == ["vllm", "serve", "my runs/merged"]
+    assert merged[merged.index("--served-model-name") + 1] == "mine"
     assert adapter[:5] == ["vllm", "serve", "a/base", "--revision", "abc"]
     for option, value in (("--max-lora-rank", "32"), ("--lora-modules", "mine=runs/x/final"), ("--tokenizer", "runs/x/final")):
         assert adapter[adapter.index(option) + 1] == value
