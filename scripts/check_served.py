@@ -27,7 +27,7 @@ from qlora_suite.conversations import Turn
 from qlora_suite.engine import autocast
 from qlora_suite.files import read_json
 from qlora_suite.generation import Answer, answer
-from qlora_suite.served_check import Finding, Judgement, compare, gap, judge, logprob_difference, needs_the_model, same_share
+from qlora_suite.served_check import Finding, Judgement, compare, judge, likeness_of, logprob_difference, needs_the_model, same_share
 from qlora_suite.stored_answers import stored_answers
 from qlora_suite.subject import Subject, renderer_of, subject_of
 from qlora_suite.tracking import console, say
@@ -58,12 +58,13 @@ def run(target: Path, url: str, name: str | None, timeout: float) -> bool:
         prompts = track(ours, description="asking", console=console, transient=True, disable=not console.is_terminal)
         asked = [(one, ask(client, model, [{"role": "user", "content": one.prompt}], limit_of(subject))) for one in prompts]
     findings = [compare(one, reply, renderer) for one, reply in asked]
-    gaps: list[float | None] = [None] * len(findings)
+    likeness = None
     if needs_the_model(findings):
-        assistant = assistant or loaded(subject, "to see how likely it finds the server's words")
-        gaps = [gap(assistant, finding) for finding in findings]
-    show(findings, gaps, judge(findings, gaps), assistant)
-    return judge(findings, gaps).good
+        assistant = assistant or loaded(subject, "to see whether the server's words could be its own")
+        likeness = likeness_of(assistant, findings)
+    judgement = judge(findings, likeness)
+    show(findings, judgement, assistant)
+    return judgement.good
 
 
 def limit_of(subject: Subject) -> int:
@@ -87,8 +88,8 @@ def answered(assistant: Assistant) -> list[Answer]:
     return found
 
 
-def show(findings: list[Finding], gaps: list[float | None], judgement: Judgement, assistant: Assistant | None) -> None:
-    for finding, away in zip(findings, gaps, strict=True):
+def show(findings: list[Finding], judgement: Judgement, assistant: Assistant | None) -> None:
+    for finding in findings:
         say("")
         say(f"prompt     {one_line(finding.prompt)}")
         say(f"  run      {one_line(finding.ours)}{ending(finding.we_stopped)}")
@@ -96,8 +97,7 @@ def show(findings: list[Finding], gaps: list[float | None], judgement: Judgement
             say(f"  server   the same, {len(finding.our_ids)} tokens")
             continue
         say(f"  server   {one_line(finding.theirs)}{ending(finding.they_stopped)}")
-        apart = f", then a token that the run finds {away:.2f} nats less likely than its own" if away is not None else ""
-        say(f"           {finding.common} of {len(finding.our_ids)} tokens the same from the beginning{apart}")
+        say(f"           {finding.common} of {len(finding.our_ids)} tokens the same from the beginning")
     say("")
     say(f"same       {same_share(findings):.1%} of the tokens, from the beginning of each answer")
     if assistant and (difference := logprob_difference(assistant, findings)):

@@ -200,12 +200,13 @@ def show_serving(assistant: Assistant, target: Path, output: Path, dtype: torch.
         servable_as=described["servable_as"],
         ollama_reads=ollama_reads(assistant),
     )
+    say("")
     for program, lines in commands(served).items():
         for i, line in enumerate(lines):
-            say(f"{program if i == 0 else '':<10} {line}")
+            say(f"{program if i == 0 else '':<13}{line}")
     if why := why_merged_only(served):
-        say(f"{'':<10} (only as merged: {why})")
-    say(f"{'check':<10} {check_command(str(target))}")
+        say(f"{'':<13}(only as merged: {why})")
+    say(f"{'check':<13}{check_command(str(target))}")
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -35,10 +35,10 @@ def _lexed(template: str) -> list[Any]:
     parts: list[Any] = []
     for i, part in enumerate(ACTION.split(template)):
         if i % 2 == 0:
-            assert "{{" not in part and "}}" not in part, part
+            assert not {"{{", "}}"} & {part[j : j + 2] for j in range(len(part))}, part
             parts += [part] if part else []
         else:
-            assert part.startswith(" ") and part.endswith(" "), f"no trimming, please: {part!r}"
+            assert part[0] == part[-1] == " ", f"no trimming, please: {part!r}"
             words, place = [], 0
             while place < len(part.rstrip()):
                 match = TOKEN.match(part, place)
