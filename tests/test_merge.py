@@ -30,20 +30,17 @@ CPU = torch.device("cpu")
 IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "oasst": ("phi2", [], {}),
-    "oasst, every token learnt": ("phi2", ["chat.loss_on=all"], {}),
     "human_assistant": ("phi2", ["chat.format=human_assistant"], {}),
     "chatml": ("phi2", ["chat.format=chatml"], {}),
-    "chatml, tied": ("qwen2_5", ["chat.format=chatml"], {"tie_word_embeddings": True}),
     "chatml, tied, new rows": ("llama3", ["chat.format=chatml"], {"tie_word_embeddings": True}),
     "model": ("llama3", ["chat.format=model"], {}),
-    "model, gemma": ("gemma2", ["chat.format=model"], {"tie_word_embeddings": True}),
     "dora": ("phi2", ["adapter.dora=true"], {}),
     "rslora": ("phi2", ["adapter.rslora=true", "adapter.alpha=4"], {}),
     "some targets, plain quantisation": ("phi2", ["adapter.targets=[q_proj, fc1]", "model.double_quantization=false"], {}),
     "int8": ("phi2", ["model.quantization=int8"], {}),
     "olora": ("phi2", ["model.quantization=none", "adapter.init=olora"], {}),
 }
-NEEDS_STOPPING = [name for name in CASES if name not in ("some targets, plain quantisation", "int8", "olora", "oasst, every token learnt")]
+NEEDS_STOPPING = [name for name in CASES if name not in ("some targets, plain quantisation", "int8", "olora")]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +72,7 @@ class Runs:
         return folder
 
 
-def merge(run: Path, output: Path | None = None, into: str | None = None, dtype: str | None = None, tokens: int = 512) -> None:
+def merge(run: Path, output: Path | None = None, into: str | None = None, dtype: str | None = None, tokens: int = 256) -> None:
     script("merge").run(run, output, into, dtype, tokens, "cpu")
 
 
@@ -132,17 +129,16 @@ def test_the_heads_bias_goes_where_the_model_learnt_without_it(runs: Runs) -> No
 
 
 def test_tied_weights_stay_tied_where_they_can(runs: Runs) -> None:
-    for name in ("chatml, tied", "chatml, tied, new rows"):
-        model = plain(runs.merged(name, "dequantised"))
-        assert model.config.tie_word_embeddings
-        assert model.lm_head.weight is model.model.embed_tokens.weight
+    model = plain(runs.merged("chatml, tied, new rows", "dequantised"))
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_tied_weights_that_training_made_differ_become_two(runs: Runs, tmp_path: Path) -> None:
     """As in an adapter whose rows are of the embedding alone; ours train the tied head with them."""
     from qlora_suite.merging import write_model
 
-    assistant = runs.live("chatml, tied")
+    assistant = runs.live("chatml, tied, new rows")
     weights, _ = merged(assistant.net, assistant.net.get_base_model(), torch.float32)
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
     weights["model.embed_tokens.weight"][5] += 1
@@ -182,9 +178,10 @@ def test_the_type_is_the_runs_or_the_bases_or_bf16() -> None:
 
 @pytest.mark.parametrize("name", NEEDS_STOPPING)
 def test_plain_transformers_loads_it_and_it_answers_and_stops_by_itself(name: str, runs: Runs) -> None:
-    folder, renderer = runs.merged(name, "dequantised", "bfloat16"), runs.live(name).renderer
+    dtype = "bfloat16" if name == "oasst" else "float32"
+    folder, renderer = runs.merged(name, "dequantised", dtype), runs.live(name).renderer
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == getattr(torch, dtype)
     answers = []
     for question in QUESTIONS:
         asked = tokenizer.apply_chat_template(
@@ -322,7 +319,7 @@ def test_a_base_that_does_not_say_where_it_is_from_is_merged_dequantised(runs: R
     assert read_json(tmp_path / "both" / "merge.json")["base"]["id"] == str(base), "the published base is not named"
 
     (tmp_path / "nf4" / RECORD).unlink()
-    with pytest.raises(ValueError, match="--into 16bit wants the base as it was published: .* does not say what it was made from"):
+    with pytest.raises(ValueError, match=r"--into 16bit wants the base as it was published: .* does not say what it was made from"):
         merge(run, tmp_path / "out", "16bit")
     merge(run, tmp_path / "out", None, "float32")
     assert list(read_json(tmp_path / "out" / "merge.json")["measured"]) == ["dequantised"]

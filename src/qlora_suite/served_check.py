@@ -66,6 +66,10 @@ class Finding:
         return self.we_stopped and self.common == len(self.our_ids) and not self.same
 
     @property
+    def begins_otherwise(self) -> bool:
+        return self.ours.split()[:1] != self.theirs.split()[:1]
+
+    @property
     def other_prompt(self) -> bool:
         return self.their_prompt_tokens is not None and self.their_prompt_tokens != self.our_prompt_tokens
 
@@ -196,7 +200,7 @@ def judge(findings: Sequence[Finding], likeness: Likeness | None) -> Judgement:
     if likeness and likeness.good:
         return Judgement("rounding", f"{share}, and where the answers have parted, {likeness}", good=True)
     counted = findings[0].their_prompt_tokens is not None
-    if not counted and all(finding.common == 0 for finding in findings):
+    if not counted and all(finding.begins_otherwise for finding in findings):
         return Judgement("template", "every answer begins in another way: the chat template differs, or it is another model", good=False)
     why = "the prompts have the right length, so that it is another model" if counted else "it is another model, or the template differs"
     return Judgement("weights", f"{share}, and {likeness or 'it says nothing'}: {why} (the base without its adapter?)", good=False)
