@@ -26,7 +26,7 @@ from qlora_suite.assistant import load
 from qlora_suite.chat_server import KEY, Reply, ask, connect, model_name
 from qlora_suite.conversations import Turn
 from qlora_suite.generation import Answer
-from qlora_suite.served_check import Likeness, compare, judge, likeness_of
+from qlora_suite.served_check import Finding, Likeness, compare, judge, likeness_of
 from qlora_suite.subject import renderer_of, subject_of
 
 CHATML = (
@@ -53,6 +53,19 @@ class Server:
     key: str | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
 
+    def greedy(self, prompt: torch.Tensor, max_tokens: int) -> tuple[list[int], torch.Tensor]:
+        """(ids with the stop token, logits before each of them)"""
+        made = self.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=self.stop_ids or [10**6],
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return made.sequences[0, prompt.shape[1] :].tolist(), torch.cat(made.logits).float()
+
     def answer(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.asked.append(body)
         time.sleep(self.wait)
@@ -65,23 +78,15 @@ class Server:
         asked = self.tokenizer.apply_chat_template(
             body["messages"], chat_template=self.template, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        length = asked["input_ids"].shape[1]
-        made = self.model.generate(
-            **asked,
-            max_new_tokens=body["max_tokens"],
-            do_sample=False,
-            eos_token_id=self.stop_ids or [10**6],
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        ids = made.sequences[0, length:].tolist()
+        prompt = asked["input_ids"]
+        ids, logits = self.greedy(prompt, body["max_tokens"])
+        logs = [float(row[token]) for row, token in zip(logits.log_softmax(-1), ids, strict=False)]
         stopped = ids[-1] in self.stop_ids
-        logs = [float(step[0].float().log_softmax(-1)[token]) for step, token in zip(made.logits, ids, strict=True)]
         text = self.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=self.skip_special)
         choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop" if stopped else "length"}
         if body.get("logprobs"):
-            choice["logprobs"] = {"content": [{"token": self.tokenizer.decode([i]), "logprob": p} for i, p in zip(ids, logs, strict=True)]}
-        usage = {"prompt_tokens": length} if self.counts_prompt else {}
+            choice["logprobs"] = {"content": [{"token": self.tokenizer.decode([i]), "logprob": p} for i, p in zip(ids, logs, strict=False)]}
+        usage = {"prompt_tokens": prompt.shape[1]} if self.counts_prompt else {}
         return 200, {"choices": [choice], "usage": usage}
 
 
@@ -208,19 +213,26 @@ def test_the_base_without_its_adapter_is_other_weights(check: Check, server: Ser
     assert "the prompts have the right length" in said
 
 
-def test_weights_that_are_a_little_off_are_rounding(check: Check, server: Server) -> None:
-    """Noise on every weight until an answer changes."""
-    torch.manual_seed(0)
-    server.model.float()
-    for _ in range(30):
-        with torch.no_grad():
-            for parameter in server.model.parameters():
-                parameter.add_(0.1 * parameter.abs().mean() * torch.randn_like(parameter))
-        good, said = check()
-        if not verdict(said).startswith("THE TRAINED MODEL:"):
-            break
-    assert good, said
-    assert verdict(said).startswith("THE TRAINED MODEL, but for rounding"), said
+def test_a_near_tie_that_falls_the_other_way_is_rounding(made: Made, server: Server) -> None:
+    """What rounding does to a greedy answer: the runner-up where it is nearest, and then other words to the end."""
+    assistant = load(subject_of(made.run, []), torch.device("cpu"), torch.float32)
+    found = []
+    for question in ("What is the answer?", "the world", "December 2023", "It's a fine day", "thank you", "system"):
+        prompt = torch.tensor([assistant.renderer.prompt(_asked(question))])
+        ids, logits = server.greedy(prompt, 24)
+        two = logits.topk(2)
+        gaps = two.values[:, 0] - two.values[:, 1]
+        begun = [*ids[: int(gaps.argmin())], int(two.indices[gaps.argmin(), 1])]
+        rest, _ = server.greedy(torch.cat([prompt, torch.tensor([begun])], dim=1), 24 - len(begun)) if len(begun) < 24 else ([], None)
+        stopped = [each[-1] in server.stop_ids for each in (ids, begun + rest)]
+        ours, theirs = (tuple(i for i in each if i not in server.stop_ids) for each in (ids, begun + rest))
+        length = prompt.shape[1]
+        finding = Finding(question, "a b", "a c", ours, theirs, len(begun) - 1, *stopped, length, length, (), None)
+        found.append((gaps.min().item(), finding))
+    away, finding = min(found, key=lambda pair: pair[0])
+    assert away < 0.2, "no near tie to be had"
+    judgement = judge([finding], likeness_of(assistant, [finding]))
+    assert (judgement.verdict, judgement.good) == ("rounding", True), judgement.said
 
 
 def test_one_answer_that_goes_on_is_no_missing_stop_token_if_others_end(made: Made) -> None:
