@@ -47,6 +47,8 @@ def run(target: Path, output: Path | None, into: str | None, dtype: str | None, 
     output = output or target / "merged"
     if output.exists():
         raise ValueError(f"{output} is there already; remove it, or give another folder with --output")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that PyTorch can use here; leave it out, and the CPU computes")
     subject = subject_of(target, [])
     if not subject.adapter:
         raise ValueError(f"{target} has no adapter to merge: every weight was trained, and {target / 'final'} is a whole model already")
@@ -205,7 +207,7 @@ def show_serving(assistant: Assistant, target: Path, output: Path, dtype: torch.
         for i, line in enumerate(lines):
             say(f"{program if i == 0 else '':<13}{line}")
     if why := why_merged_only(served):
-        say(f"{'':<13}(only as merged: {why})")
+        say(f"{'adapter':<13}is not served beside its base: {why}")
     say(f"{'check':<13}{check_command(str(target))}")
 
 
@@ -219,10 +221,10 @@ def bar(items: Sequence[Any], label: str) -> Iterable[Any]:
     return track(items, description=label, console=console, transient=True, disable=not console.is_terminal)
 
 
-def end_at_once(*_: object) -> None:
+def end_at_once(number: int, _: object) -> None:
     """As SIGTERM and Ctrl-C do by themselves, but clearing away what was being written."""
     say("stopped; nothing was written")
-    raise SystemExit(128 + signal.SIGTERM)
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":
