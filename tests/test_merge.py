@@ -18,6 +18,7 @@ from trained_runs import QUESTIONS, trained_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qlora_suite.assistant import Assistant, load
+from qlora_suite.conversations import Turn
 from qlora_suite.files import read_json
 from qlora_suite.loss import collate
 from qlora_suite.merge_quality import Rows, compare, measured_rows, recommended
@@ -76,6 +77,11 @@ def merge(run: Path, output: Path | None = None, into: str | None = None, dtype:
     script("merge").run(run, output, into, dtype, tokens, "cpu")
 
 
+def words_for(assistant: Assistant) -> torch.Tensor:
+    """With the markers in it: their rows are trained."""
+    return torch.tensor([[*assistant.renderer.prompt([Turn("user", "say hi")]), *IDS[0].tolist()]])
+
+
 def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits.float()
@@ -90,10 +96,11 @@ def plain(folder: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("int8", "olora")])
 def test_the_dequantised_merge_computes_what_the_live_model_computes(name: str, runs: Runs) -> None:
-    live = logits(runs.live(name).net)
-    torch.testing.assert_close(logits(plain(runs.merged(name, "dequantised"))), live, atol=2e-4, rtol=2e-4)
+    ids = words_for(runs.live(name))
+    live = logits(runs.live(name).net, ids)
+    torch.testing.assert_close(logits(plain(runs.merged(name, "dequantised")), ids), live, atol=2e-4, rtol=2e-4)
     with runs.live(name).as_base():
-        assert (logits(runs.live(name).net) - live).abs().max() > 0.5, "the adapter changes little, so that this shows nothing"
+        assert (logits(runs.live(name).net, ids) - live).abs().max() > 0.5, "the adapter changes little, so that this shows nothing"
 
 
 def test_an_8_bit_base_is_dequantised_too(runs: Runs) -> None:
@@ -110,7 +117,8 @@ def test_the_16bit_merge_is_the_published_base_with_the_adapter(name: str, runs:
 
     base = load_base(Model(base=str(runs.run(name).with_name("base")), quantization="none"), torch.float32, CPU)
     theirs = load_adapter(base, str(runs.run(name) / "final")).merge_and_unload()
-    torch.testing.assert_close(logits(plain(runs.merged(name, "16bit"))), logits(theirs), atol=1e-3, rtol=1e-3)
+    ids = words_for(runs.live(name))
+    torch.testing.assert_close(logits(plain(runs.merged(name, "16bit")), ids), logits(theirs, ids), atol=1e-3, rtol=1e-3)
 
 
 def test_a_base_that_the_initialisation_has_changed_is_merged_as_it_was_changed(runs: Runs) -> None:
