@@ -21,7 +21,7 @@ import torch
 from rich.progress import track
 
 from qlora_suite.assistant import Assistant, load
-from qlora_suite.chat_server import ask, connect, model_name
+from qlora_suite.openai_server import ask, connect, model_name
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.conversations import Turn
 from qlora_suite.engine import autocast

@@ -23,7 +23,7 @@ from trained_runs import QUESTIONS, trained_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qlora_suite.assistant import load
-from qlora_suite.chat_server import KEY, Reply, ask, connect, model_name
+from qlora_suite.openai_server import KEY, Reply, ask, connect, model_name
 from qlora_suite.conversations import Turn
 from qlora_suite.generation import Answer
 from qlora_suite.served_check import Finding, Likeness, compare, judge, likeness_of

@@ -24,7 +24,7 @@ import torch
 
 from qlora_suite.assistant import Assistant
 from qlora_suite.chat import Renderer
-from qlora_suite.chat_server import Reply
+from qlora_suite.openai_server import Reply
 from qlora_suite.conversations import Turn
 from qlora_suite.engine import autocast
 from qlora_suite.generation import Answer
