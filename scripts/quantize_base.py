@@ -14,17 +14,13 @@ uint8 that of the published weights). What is quantised at every start is rounde
 --precision gives the same bits. Runs on one process, on the GPU if there is one.
 """
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
 from qlora_suite.command_line import parser_for, with_clear_errors
-from qlora_suite.files import file_table, flush, write_json
+from qlora_suite.files import file_table, folder_made_aside, write_json
 from qlora_suite.model import base_fingerprint, load_base, load_config, load_tokenizer, versions
 from qlora_suite.prequantized import FORMAT_VERSION, RECORD, quantization_of
 from qlora_suite.recipe import Model
@@ -65,7 +61,7 @@ def run(model: Model, folder: Path, storage: str | None, precision: str | None) 
     }
     tokenizer = load_tokenizer(model)
     base = load_base(model, dtype, device, getattr(torch, storage))
-    with made_aside(folder) as aside:
+    with folder_made_aside(folder) as aside:
         base.save_pretrained(aside, max_shard_size=MAX_SHARD)
         # as it was published: what load_base sets for training it sets again
         config.architectures, config.dtype, config.quantization_config = [type(base).__name__], dtype, base.config.quantization_config
@@ -80,22 +76,6 @@ def run(model: Model, folder: Path, storage: str | None, precision: str | None) 
 def published_type(config: PreTrainedConfig) -> str:
     """The floating-point type of the published weights, as their config names it; float32 if it does not."""
     return str(getattr(config.get_text_config(), "dtype", None) or torch.float32).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def made_aside(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes `folder`'s name if the block ends well."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        for path in aside.iterdir():
-            path.chmod(aside.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read; a base is there to be shared
-            flush(path)
-        aside.rename(folder)
-        flush(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,23 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def folder_made_aside(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that takes `folder`'s name if the block ends well. Raises ValueError if something is in its place."""
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; remove it or give another folder")
+    aside = folder_aside(folder, "tmp")
+    try:
+        yield aside
+        for path in aside.iterdir():
+            path.chmod(aside.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read; a model is there to be shared
+            flush(path)
+        aside.rename(folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")

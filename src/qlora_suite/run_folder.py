@@ -350,7 +350,7 @@ class Run:
         else:
             dtype = getattr(torch, self.recipe.output.final_dtype or "float32")
             weights = {name: tensor.to(dtype) for name, tensor in load_file(source / checkpoint.WEIGHTS).items()}
-            _save_pretrained(net, aside, weights)
+            save_pretrained(net, aside, weights)
             config = load_config(self.recipe.model)  # as its maker wrote it: ours was changed for training
             config.architectures, config.dtype = [model_class(net).__name__], dtype
             config.save_pretrained(aside)
@@ -383,12 +383,12 @@ def model_class(net: nn.Module) -> type[nn.Module]:
     return next(kind for kind in type(net).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def _save_pretrained(net: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
+def save_pretrained(net: nn.Module, folder: Path, weights: dict[str, Tensor], **options: Any) -> None:
     """Without importing deepspeed, which accelerate does to unwrap a model wherever it is installed; this one is not wrapped."""
     known = accelerate.utils.other.is_deepspeed_available
     accelerate.utils.other.is_deepspeed_available = lambda: False
     try:
-        net.save_pretrained(folder, state_dict=weights)
+        net.save_pretrained(folder, state_dict=weights, **options)
     finally:
         accelerate.utils.other.is_deepspeed_available = known
 
