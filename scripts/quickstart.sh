@@ -49,8 +49,11 @@ run_shown "${PYTHON_COMMAND[@]}" scripts/evaluate.py runs/quickstart
 
 say
 say "Written:"
-for path in prepared/quickstart runs/quickstart runs/quickstart/report.md runs/quickstart/report.json \
+for path in prepared/quickstart runs/quickstart runs/quickstart/report.html runs/quickstart/report.md runs/quickstart/report.json \
   runs/quickstart/previews.md runs/quickstart/metrics.jsonl; do
   if [[ -e "$path" ]]; then say "  $path"; fi
 done
 say "Total time: $((SECONDS / 60)) min $((SECONDS % 60)) s"
+say
+say "Now open runs/quickstart/report.html in a browser, and talk to what was trained:"
+show_line "python scripts/chat.py runs/quickstart"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
@@ -155,6 +156,11 @@ def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
         found = "; ".join(f"{what} {', '.join(sorted(names)[:3])} ({len(names)} in all)" for what, names in wrong.items() if names)
         raise ValueError(f"cannot put {place}: {found}")
     return model
+
+
+def drops_bias(layer: nn.Module) -> bool:
+    """Does PEFT compute this layer without its bias? It does (0.21) where rows of an output head are trained that has one, as Phi's."""
+    return isinstance(layer, TrainableTokensLayer) and getattr(layer.get_base_layer(), "bias", None) is not None
 
 
 def neftune(model: PreTrainedModel, alpha: float) -> None:

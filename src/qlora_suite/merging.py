@@ -72,7 +72,7 @@ def merged(net: PeftModel, source: PreTrainedModel, dtype: torch.dtype, bar: Bar
     """
     own = source is net.get_base_model()
     changed = {_plain(f"{name}.weight"): layer for name, layer in net.get_base_model().named_modules() if _changes(layer)}
-    without_bias = {name.removesuffix("weight") + "bias" for name, layer in changed.items() if _drops_bias(layer)}
+    without_bias = {name.removesuffix("weight") + "bias" for name, layer in changed.items() if drops_bias(layer)}
     in_fp32 = re.compile("|".join(source._get_dtype_plan(dtype)) or r"(?!)")  # what a model says must not be rounded
     weights: dict[str, Tensor] = {}
     for names, tensor in bar(list(_weights_of(source))):
@@ -119,10 +119,6 @@ def _plain(name: str) -> str:
 
 def _changes(layer: nn.Module) -> bool:
     return isinstance(layer, TrainableTokensLayer) or (isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A)
-
-
-def _drops_bias(layer: nn.Module) -> bool:
-    return isinstance(layer, TrainableTokensLayer) and getattr(layer.get_base_layer(), "bias", None) is not None
 
 
 def _in_fp32(tensor: Tensor, layer: nn.Module | None) -> Tensor:

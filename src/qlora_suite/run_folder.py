@@ -207,6 +207,8 @@ class Run:
         config = getattr(engine.unwrapped, "peft_config", {}).get("default")
         for remark in remarks(self.recipe, order.num_rows, order.num_steps, config and config.target_modules):
             say(f"note       {remark}")
+        if any(adapter.drops_bias(module) for module in engine.unwrapped.modules()):
+            say("note       rows of the output head are trained, and PEFT then computes it without its bias, here and wherever it is loaded")
 
     # ---- while it learns ----------------------------------------------------------------------------------------------------
 
