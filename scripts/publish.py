@@ -28,7 +28,7 @@ from qlora_suite.files import read_json
 from qlora_suite.hub_folder import CARD, Result, build, form_of, listing, report_of
 from qlora_suite.hub_space import HARDWARE, build_space
 from qlora_suite.hub_upload import push
-from qlora_suite.leaks import refuse_tokens
+from qlora_suite.leaks import cleaned, machine_roots, refuse_tokens
 from qlora_suite.model_card import hub_datasets, languages_of, model_card
 from qlora_suite.serving_lines import serving_lines
 from qlora_suite.subject import subject_of
@@ -75,6 +75,8 @@ def result_of(args) -> Result:
     if origin is None and args.base_id:
         raise ValueError("--base-id has no effect: the run was trained from nothing and has no base; leave it out")
     report, why_not = report_of(subject)
+    roots = machine_roots(args.run)
+    record, report = cleaned(record, roots), cleaned(report, roots)
     licence = args.license or licence_of(model, origin)
     datasets = hub_datasets(subject.recipe, record["data_manifest"], args.dataset)
     known_by = (
@@ -102,7 +104,7 @@ def show(folder: Path, address: str, public: bool, card: bool) -> None:
         say((folder / CARD).read_text(encoding="utf-8"))
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("run", type=Path, help="a finished run's folder")
     parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where on the hub")
@@ -112,19 +114,17 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the folder is built (otherwise runs/NAME/hub)")
     parser.add_argument("--base-id", metavar="OWNER/NAME", help="the base on the hub, if it was loaded from a folder that does not tell")
     parser.add_argument("--base-revision", metavar="COMMIT", help="its revision")
+    parser.add_argument("--license", metavar="ID", help="as the hub spells it, e.g. mit (otherwise the base's, if its card is at hand)")
     parser.add_argument(
-        "--license", metavar="ID", help="as the hub spells it, e.g. mit or apache-2.0 (otherwise the base's, if its card is here)"
-    )
-    parser.add_argument(
-        "--dataset", action="append", default=[], metavar="OWNER/NAME", help="hub id of the data, if they came from files; repeatable"
+        "--dataset", action="append", default=[], metavar="OWNER/NAME", help="hub id of data that came from files; repeatable"
     )
     parser.add_argument("--no-reports", action="store_true", help="leave the report's files out: they quote the validation split")
     parser.add_argument("--space", action="store_true", help="also a chat page, as a Gradio Space")
     parser.add_argument("--space-hardware", choices=HARDWARE, help="what the Space runs on (cpu)")
+    with_clear_errors(lambda: refuse_tokens(sys.argv[1:]), debug=False)  # before argparse, which repeats what it does not know
+    args = parser.parse_args()
+    with_clear_errors(lambda: run(args), debug=args.debug)
 
-    def main() -> None:
-        refuse_tokens(sys.argv[1:])
-        args = parser.parse_args()
-        with_clear_errors(lambda: run(args), debug=args.debug)
 
-    with_clear_errors(main, debug=False)
+if __name__ == "__main__":
+    main()

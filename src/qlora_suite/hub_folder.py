@@ -38,7 +38,7 @@ WHAT = {
     "model.safetensors.index.json": "which weight is in which file",
     "generation_config.json": "the tokens that end an answer",
     TEMPLATE: "the chat template that it was trained in",
-    CARD: "the model card",
+    CARD: "the card",
     "recipe.yaml": "the recipe that it was trained by",
     "report.md": "the evaluation, to read",
     "report.json": "the evaluation, every number",
@@ -121,7 +121,7 @@ def build(result: Result, folder: Path, card: str, with_reports: bool) -> None:
                 write_text(aside / name, without_paths(text, roots))
         if licence := base_file(result.subject.recipe.model, result.origin, "LICENSE"):
             shutil.copyfile(licence, aside / "LICENSE")
-        write_text(aside / CARD, card)
+        write_text(aside / CARD, without_paths(card, roots))
         if complaint := complaint_about_leaks(aside, roots):
             raise ValueError(f"nothing was published: {complaint}")
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ complaint_about_leaks(folder, roots)       what still leaks, or None
 import re
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ def refuse_tokens(arguments: Iterable[str]) -> None:
     """Raises ValueError, without repeating it, for a token on the command line: others see it in `ps` and in the shell's history."""
     if any(TOKEN.search(argument) or argument.startswith("--token") for argument in arguments):
         raise ValueError("a token does not belong on the command line, where others can read it; set HF_TOKEN or use `hf auth login`")
+
+
+_END = r"(?![\w.+@%-])"
 
 
 def machine_roots(run: Path) -> list[str]:
@@ -46,7 +49,13 @@ def without_paths(text: str, roots: Iterable[str]) -> str:
     return text
 
 
-_END = r"(?![\w.+@%-])"
+def cleaned(value: Any, roots: Sequence[str]) -> Any:
+    """A JSON value with `without_paths` in every string and key."""
+    if isinstance(value, str):
+        return without_paths(value, roots)
+    if isinstance(value, dict):
+        return {cleaned(key, roots): cleaned(inner, roots) for key, inner in value.items()}
+    return [cleaned(inner, roots) for inner in value] if isinstance(value, list) else value
 
 
 def complaint_about_leaks(folder: Path, roots: Iterable[str]) -> str | None:

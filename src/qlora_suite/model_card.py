@@ -153,7 +153,8 @@ def use_snippet(result: Result) -> str:
         lines += [f"model = AutoModelForCausalLM.from_pretrained({result.repo!r}, dtype='auto', device_map='auto')"]
     lines += [
         f"tokenizer = AutoTokenizer.from_pretrained({result.repo!r})",
-        f"stops = GenerationConfig.from_pretrained({result.repo!r})  # the tokens that end an answer",
+        "# the tokens that end an answer come with it",
+        f"how = GenerationConfig.from_pretrained({result.repo!r}, max_new_tokens=256, do_sample=False)",
         "",
     ]
     if result.subject.format == "text":
@@ -166,7 +167,7 @@ def use_snippet(result: Result) -> str:
             ").to(model.device)",
         ]
     lines += [
-        "output = model.generate(**inputs, generation_config=stops, max_new_tokens=256, do_sample=False)",
+        "output = model.generate(**inputs, generation_config=how)",
         "print(tokenizer.decode(output[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True).strip())",
     ]
     return "\n".join(lines).replace("'", '"')

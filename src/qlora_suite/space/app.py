@@ -4,6 +4,7 @@ space.json says which model and how it is loaded; the environment variable MODEL
 """
 
 import contextlib
+import copy
 import json
 import os
 import threading
@@ -109,7 +110,10 @@ def answer(message, history, which=TUNED, max_new_tokens=SETTINGS["max_new_token
     room = max(1, min(int(max_new_tokens), SETTINGS["max_new_tokens"]))
     inputs, stop, failed = prompt(message, history, room), threading.Event(), []
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": True, "temperature": min(float(temperature), 2.0)} if temperature > 0 else {"do_sample": False}
+    how = copy.deepcopy(stops)
+    how.update(max_new_tokens=room, max_time=MAX_SECONDS, do_sample=temperature > 0)
+    if temperature > 0:
+        how.update(temperature=min(float(temperature), 2.0))
 
     def generate():
         base = model.disable_adapter() if SETTINGS["adapter"] and which == BASE else contextlib.nullcontext()
@@ -117,10 +121,7 @@ def answer(message, history, which=TUNED, max_new_tokens=SETTINGS["max_new_token
             with base, torch.no_grad():
                 model.generate(
                     **inputs,
-                    **sampling,
-                    generation_config=stops,
-                    max_new_tokens=room,
-                    max_time=MAX_SECONDS,
+                    generation_config=how,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([Stopped(stop)]),
                 )
@@ -152,9 +153,10 @@ def page():
     return gr.ChatInterface(
         answer,
         # as plain text: what a model writes is neither HTML nor a reason to load a picture from somewhere
-        chatbot=gr.Chatbot(render_markdown=False, show_label=False, height="60vh", placeholder="Ask something."),
-        textbox=gr.Textbox(placeholder="Your message", max_length=MAX_CHARS, show_label=False, container=False, scale=7),
+        chatbot=gr.Chatbot(render_markdown=False, show_label=False, height="55vh", placeholder="Ask something.", buttons=["copy"]),
+        textbox=gr.Textbox(placeholder="Your message", max_length=MAX_CHARS, show_label=False, submit_btn=True, stop_btn=True),
         additional_inputs=controls,
+        additional_inputs_accordion=gr.Accordion("Settings", open=True),
         examples=[[text] for text in SETTINGS["examples"]] or None,
         cache_examples=False,
         run_examples_on_click=False,
@@ -172,6 +174,6 @@ if __name__ == "__main__":
         server_name=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # the hub sets it; elsewhere nobody else gets in
         share=False,
         ssr_mode=False,
-        theme=gr.themes.Soft(**system),
+        theme=gr.themes.Default(**system),
         footer_links=[],
     )
