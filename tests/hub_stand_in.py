@@ -5,7 +5,8 @@
         hub.repos["model", "someone/tiny"].files     what has arrived, by name
 
 Files travel as the real hub asks for them: small texts inside the commit, weights by LFS (batch, PUT, verify), where the bytes are
-checked against the hash that was promised. What it does not have: Xet, gated repositories, branches.
+checked against the hash that was promised. What was committed can be read back, as from_pretrained does. What it does not have: Xet,
+gated repositories, branches.
 """
 
 import base64
@@ -23,6 +24,7 @@ TOKEN = "hf_" + "standin" * 5
 class Repo:
     private: bool
     sdk: str | None = None
+    sha: str = "1" * 40
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
 
@@ -70,6 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.handle_one(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
 
     do_PUT = do_POST
+    do_HEAD = do_GET
 
     def answer(self, status: int, value: Any) -> None:
         body = json.dumps(value).encode()
@@ -90,6 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.store(path.rpartition("/")[2], body)
         if self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        if "/resolve/" in path:
+            return self.read(*path.strip("/").split("/resolve/"))
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         if path == "/api/validate-yaml":
@@ -101,15 +106,39 @@ class _Handler(BaseHTTPRequestHandler):
         repo = hub.repos.get((kind, name))
         if repo is None or hub.no_such_type:
             return self.answer(404, {"error": "Repository not found"})
-        if len(parts) == 4:
+        if len(parts) == 4 or parts[4] == "revision":
             files = [{"rfilename": file} for file in repo.files]
-            return self.answer(200, {"id": name, "private": repo.private, "siblings": files, "sha": "0" * 40, "tags": []})
+            return self.answer(200, {"id": name, "private": repo.private, "siblings": files, "sha": repo.sha, "tags": []})
+        if parts[4] == "tree":
+            below = "/".join(parts[6:])
+            found = [{"type": "file", "path": f, "size": len(b), "oid": "0"} for f, b in repo.files.items() if f.startswith(below)]
+            return self.answer(200, found) if found else self.missing()
         if parts[4] == "preupload":
             modes = [{"path": f["path"], "uploadMode": _mode(f["path"]), "shouldIgnore": False} for f in json.loads(body)["files"]]
             return self.answer(200, {"files": modes})
         if parts[4] == "commit":
             return self.commit(repo, name, [json.loads(line) for line in body.splitlines()])
         return self.answer(404, {"error": f"the stand-in knows no {path}"})
+
+    def missing(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def read(self, name: str, place: str) -> None:
+        """A file of a model, with the headers from which the client's cache names it."""
+        repo, file = self.hub.repos.get(("model", name)), place.partition("/")[2]
+        if repo is None or file not in repo.files:
+            return self.missing()
+        content = repo.files[file]
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", repo.sha)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
     def create(self, asked: dict[str, Any]) -> None:
         hub, kind, owner = self.hub, asked.get("type") or "model", asked["organization"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import OASST1, run_script
-from hub_stand_in import TOKEN, Hub
+from hub_stand_in import TOKEN, Hub, Repo
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 from markdown_it import MarkdownIt
@@ -213,22 +213,19 @@ def test_what_was_not_evaluated_says_so(run: Path, how: str) -> None:
 
 
 def test_the_snippet_of_the_card_runs_as_it_stands_and_answers_as_the_run_does(
-    trained_run: Path,
-    folder: Path,
-    cache: Path,
-    tmp_path: Path,
+    trained_run: Path, folder: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    text = (folder / "README.md").read_text()
-    code = text.split("```python\n")[1].split("\n```")[0]
-    assert COMMIT in code
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
+    assert f'revision="{COMMIT}"' in code
     assert "load_in_4bit=True" in code
-    hub = Path(shutil.copytree(cache, tmp_path / "cache"))
-    into_cache(hub, REPO, "f" * 40, folder)
-    env = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    env.pop("PYTHONPATH", None)
     program = tmp_path / "snippet.py"
     program.write_text(code)
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    with Hub() as hub:
+        hub.repos["model", BASE] = Repo(private=False, sha=COMMIT, files=contents(tiny_base))
+        hub.repos["model", REPO] = Repo(private=True, files=contents(folder))
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        env |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     assistant = load(subject_of(trained_run, []), torch.device("cpu"), torch.float32)
     (expected,) = answer(assistant.net, assistant.renderer, [[Turn("user", model_card.QUESTION)]], 256)
