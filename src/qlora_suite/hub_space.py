@@ -86,7 +86,7 @@ def settings(result: Result, model_folder: Path, hardware: str, plan: Plan) -> d
         "dtype": plan.dtype,
         "quantization": plan.quantization,
         "window": window,
-        "max_new_tokens": min(MAX_NEW_TOKENS, window // 2),
+        "max_new_tokens": min(MAX_NEW_TOKENS, window // 4),
         "title": result.name,
         "description": f"{where}{on}. What it says may be wrong.",
         "examples": list(result.subject.recipe.previews.prompts[:NUM_EXAMPLES]),

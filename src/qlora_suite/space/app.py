@@ -5,6 +5,7 @@ space.json says which model and how it is loaded; the environment variable MODEL
 
 import contextlib
 import copy
+import html
 import json
 import os
 import threading
@@ -79,8 +80,10 @@ def plain(content):
 
 def prompt(message, history, room):
     """Ids of the chat up to where the answer starts, without the oldest pairs if they leave no room for it."""
-    turns = [{"role": turn["role"], "content": plain(turn["content"])} for turn in history if turn["role"] in ("user", "assistant")]
-    turns.append({"role": "user", "content": plain(message)})
+    turns = [{"role": "user", "content": plain(message)}]
+    for turn in reversed(history):
+        text = plain(turn["content"])
+        turns.insert(0, {"role": turn["role"], "content": html.unescape(text) if turn["role"] == "assistant" else text})
     while True:
         inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         if inputs["input_ids"].shape[1] + room <= SETTINGS["window"]:
@@ -88,6 +91,11 @@ def prompt(message, history, room):
         if len(turns) < 3:
             raise gr.Error(f"The message is too long: it and the answer have to fit into {SETTINGS['window']} tokens.")
         turns = turns[2:]
+
+
+def shown(text):
+    """What a model writes, as text: the chat would take HTML in it for HTML, also without Markdown. `prompt` turns it back."""
+    return html.escape(text, quote=False)
 
 
 class Stopped(StoppingCriteria):
@@ -135,13 +143,13 @@ def answer(message, history, which=TUNED, max_new_tokens=SETTINGS["max_new_token
     try:
         for piece in streamer:
             text += piece
-            yield text.lstrip()
+            yield shown(text.lstrip())
     finally:
         stop.set()
         thread.join()
     if failed:
         raise gr.Error(f"No answer: {type(failed[0]).__name__}.")
-    yield text.strip() or "(the model ended its answer at once)"
+    yield shown(text.strip()) or "(the model ended its answer at once)"
 
 
 def page():
@@ -152,7 +160,7 @@ def page():
     ]
     return gr.ChatInterface(
         answer,
-        # as plain text: what a model writes is neither HTML nor a reason to load a picture from somewhere
+        # without Markdown, which would load pictures from anywhere
         chatbot=gr.Chatbot(render_markdown=False, show_label=False, height="55vh", placeholder="Ask something.", buttons=["copy"]),
         textbox=gr.Textbox(placeholder="Your message", max_length=MAX_CHARS, show_label=False, submit_btn=True, stop_btn=True),
         additional_inputs=controls,
