@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from qlora_suite import base_origin, hub_folder, hub_upload, leaks, model_card
 from qlora_suite.assistant import load
 from qlora_suite.conversations import Turn
-from qlora_suite.files import read_json, sha256
+from qlora_suite.files import file_table, read_json, sha256
 from qlora_suite.generation import answer
 from qlora_suite.recipe import Model
 from qlora_suite.subject import subject_of
@@ -86,7 +86,6 @@ def test_a_path_or_a_token_that_stands_in_a_file_stops_it(run: Path, planted: st
     secret = f"{Path.home()}/secret/notes.txt" if planted == "path" else "hf_" + "plantedtoken" * 3
     template = run / "final" / "chat_template.jinja"
     template.write_text(template.read_text() + "{# " + secret + " #}")
-    monkeypatch.setattr(hub_folder, "complaint_about_checkpoint", lambda _: None)
     monkeypatch.setattr("qlora_suite.subject.complaint_about_checkpoint", lambda _: None)
     done = publish(run, "--repo", REPO, "--dry-run")
     assert done.code == 2
@@ -113,24 +112,44 @@ def test_a_folder_of_somebody_else_is_not_replaced(trained_run: Path, tmp_path: 
     assert contents(place) == {"diary.txt": b"dear diary"}
 
 
+def merge_by_hand(run: Path, tiny_base: Path) -> Path:
+    """What scripts/merge.py leaves in a run's folder, by the names of its files."""
+    folder = run / "merged"
+    shutil.copytree(run / "final", folder, ignore=shutil.ignore_patterns("adapter*", "chosen.json", "manifest.json"))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tiny_base / name, folder / name)
+    (folder / "Modelfile").write_text("FROM .")
+    means = {"live": {"perplexity": 40.25}, "merged": {"perplexity": 40.5}}
+    far = {**means, "tokens": 3251, "same_top_token": 0.9875, "largest_logit_difference": 0.125, "kl_divergence": 0.0}
+    adapter = {"adapter_model.safetensors": sha256(run / "final" / "adapter_model.safetensors")}
+    record = {"into": "dequantised", "dtype": "float16", "measured": {"dequantised": far}, "adapter": adapter}
+    (folder / "merge.json").write_text(json.dumps({**record, "files": file_table(folder, but="merge.json")}))
+    return folder
+
+
 def test_the_merged_model_is_a_finetune_without_anything_of_the_adapter(run: Path, tiny_base: Path) -> None:
     done = publish(run, "--repo", REPO, "--merged", "--dry-run")
     assert done.code == 2
     assert f"python scripts/merge.py {run}" in done.error
-    shutil.copytree(run / "final", run / "merged")
-    for name in ("adapter_config.json", "adapter_model.safetensors", "chosen.json", "manifest.json"):
-        (run / "merged" / name).unlink()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(tiny_base / name, run / "merged" / name)
+    merged = merge_by_hand(run, tiny_base)
     done = publish(run, "--repo", REPO, "--merged", "--dry-run")
     assert done.code == 0, done.text
-    assert set(contents(run / "hub")) == ADAPTER_FILES - {"adapter_config.json", "adapter_model.safetensors"} | {
-        "config.json",
-        "model.safetensors",
-    }
-    data = ModelCard.load(run / "hub" / "README.md").data
-    assert (data.base_model, data.get("base_model_relation"), data.library_name) == (BASE, "finetune", "transformers")
-    assert "before it was merged" in (run / "hub" / "README.md").read_text()
+    weights = {"config.json", "model.safetensors"}
+    assert set(contents(run / "hub")) == ADAPTER_FILES - {"adapter_config.json", "adapter_model.safetensors"} | weights
+    card = ModelCard.load(run / "hub" / "README.md")
+    assert (card.data.base_model, card.data.get("base_model_relation"), card.data.library_name) == (BASE, "finetune", "transformers")
+    assert "before it was merged" in card.text
+    assert "98.75 %, and the perplexity is 40.500 instead of 40.250" in card.text
+    (merged / "model.safetensors").write_bytes(b"others")
+    assert "is damaged (model.safetensors" in publish(run, "--repo", REPO, "--merged", "--dry-run").error
+
+
+def test_a_model_merged_from_another_adapter_is_not_published(run: Path, tiny_base: Path) -> None:
+    record = merge_by_hand(run, tiny_base) / "merge.json"
+    record.write_text(record.read_text().replace(sha256(run / "final" / "adapter_model.safetensors"), "0" * 64))
+    done = publish(run, "--repo", REPO, "--merged", "--dry-run")
+    assert done.code == 2
+    assert "merged from another adapter" in done.error
 
 
 # which base it is
@@ -184,6 +203,7 @@ def test_the_hub_reads_from_the_card_what_was_measured(trained_run: Path, folder
     assert bits.metric_args["base"] == round(report["base"]["bits_per_byte"], 6)
     assert bits.metric_args["interval_95_of_the_difference"] == [round(x, 6) for x in report["difference"]["interval_95"]]
     assert data.datasets is None
+    assert bits.dataset_split == "held out by a hash"
     text = (folder / "README.md").read_text()
     assert f"{report['formats']['oasst']['adapter']['bits_per_byte']:.4f}" in text
     assert "No licence is stated" not in text

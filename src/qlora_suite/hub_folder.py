@@ -20,13 +20,15 @@ from typing import Any, Literal
 from transformers import GenerationConfig
 
 from qlora_suite.base_origin import Origin, base_file
-from qlora_suite.checkpoint import ADAPTER, MANIFEST, complaint_about_checkpoint
-from qlora_suite.files import read_json, sha256, write_json, write_text
+from qlora_suite.checkpoint import ADAPTER, MANIFEST
+from qlora_suite.files import complaint_about, read_json, sha256, write_json, write_text
 from qlora_suite.leaks import complaint_about_leaks, machine_roots, without_paths
 from qlora_suite.subject import Subject, renderer_of
 
 Form = Literal["adapter", "merged", "model"]
 CARD, MARK = "README.md", "qlora-suite"
+MERGED = "merge.json"
+"""What scripts/merge.py says of a merged model."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt")
 TEMPLATE = "chat_template.jinja"
 REPORTS = ("report.md", "report.json", "report.html")
@@ -82,12 +84,22 @@ def form_of(subject: Subject, merged: bool) -> Form:
         if merged:
             raise ValueError(f"every weight of {subject.folder} was trained, so there is nothing to merge; leave --merged out")
         return "model"
-    folder = subject.folder / "merged"
-    if merged and not (folder / "config.json").is_file():
-        raise ValueError(f"there is no merged model in {folder}; make it with: python scripts/merge.py {subject.folder}")
-    if merged and (folder / MANIFEST).is_file() and (complaint := complaint_about_checkpoint(folder)):
-        raise ValueError(f"{folder} is damaged ({complaint}); make it again with: python scripts/merge.py {subject.folder}")
+    if merged:
+        check_merged(subject)
     return "merged" if merged else "adapter"
+
+
+def check_merged(subject: Subject) -> None:
+    """Raises ValueError unless runs/NAME/merged is whole and was made from this run's adapter."""
+    folder = subject.folder / "merged"
+    again = f"remove it and make it again: python scripts/merge.py {subject.folder}"
+    if not (folder / MERGED).is_file():
+        raise ValueError(f"there is no merged model in {folder}; make it: python scripts/merge.py {subject.folder}")
+    record = read_json(folder / MERGED)
+    if complaint := complaint_about(folder, record["files"]):
+        raise ValueError(f"{folder} is damaged ({complaint}); {again}")
+    if record["adapter"][ADAPTER] != sha256(subject.folder / "final" / ADAPTER):
+        raise ValueError(f"{folder} was merged from another adapter than the run has now; {again}")
 
 
 def report_of(subject: Subject) -> tuple[dict[str, Any] | None, str]:

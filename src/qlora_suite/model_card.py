@@ -16,7 +16,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from qlora_suite.base_origin import HUB_ID
-from qlora_suite.hub_folder import MARK, Result
+from qlora_suite.files import read_json
+from qlora_suite.hub_folder import MARK, MERGED, Result
 from qlora_suite.model import load_config
 from qlora_suite.prequantized import quantization_of, source_of
 from qlora_suite.recipe import Model, Recipe
@@ -46,6 +47,7 @@ def model_card(result: Result, serve: Sequence[tuple[str, str]]) -> str:
         headline=headline(result.report) if result.report else "",
         scores=score_rows(result.report) if result.report else [],
         labels=_labels(result.report) if result.report else [],
+        merging=merging(result),
         snippet=use_snippet(result),
         example=prompt_example(result),
         samples=samples(result),
@@ -81,12 +83,13 @@ def _conversational(result: Result) -> list[str]:
 def eval_results(result: Result) -> list[EvalResult]:
     """The model's own scores; the base's, the difference and its interval stand beside them as arguments of the metric."""
     report = result.report
+    published = all(one.split == "published" for one in result.subject.recipe.data.each)
     where = {
         "task_type": "text-generation",
         "task_name": "Text Generation",
         "dataset_type": result.datasets[0] if result.datasets else "validation-split",
         "dataset_name": _line(report["data"]["name"])[:200],
-        "dataset_split": "validation",
+        "dataset_split": "validation" if published else "held out by a hash",
         "dataset_args": {"answers": report["data"]["answers"], "trees": report["data"]["trees"]},
     }
     beside: dict[str, Any] = {"window": report["window"], "format": report["adapter"]["format"]}
@@ -107,6 +110,15 @@ def eval_results(result: Result) -> list[EvalResult]:
         value = round(report["adapter"][key], 6)
         found.append(EvalResult(**where, metric_type=key, metric_name=name, metric_value=value, metric_args=arguments))
     return found
+
+
+def merging(result: Result) -> dict[str, Any] | None:
+    """How far the merged model is from the one that was trained, as scripts/merge.py measured it."""
+    if result.form != "merged":
+        return None
+    record = read_json(result.weights / MERGED)
+    into = {"16bit": "the base as it was published", "dequantised": "the quantised base, written out"}
+    return {**record["measured"][record["into"]], "into": into.get(record["into"], record["into"]), "dtype": record["dtype"]}
 
 
 def hub_datasets(recipe: Recipe, manifest: Mapping[str, Any], named: Sequence[str]) -> tuple[str, ...]:
