@@ -102,8 +102,8 @@ def plan_for(result: Result, model_folder: Path, hardware: str) -> Plan:
             lines = arithmetic(result, model_folder, dtype, quantization)
             need = sum(size for size, _ in lines)
             if need <= memory:
-                told = tuple(f"{size / GB:.2f} GB: {what}" for size, what in lines)
-                return Plan(dtype, quantization, machine, memory, (*told, f"{need / GB:.2f} GB together, of {memory / GB:.0f} GB"))
+                told = tuple(f"{size / GB:.3g} GB: {what}" for size, what in lines)
+                return Plan(dtype, quantization, machine, memory, (*told, f"{need / GB:.3g} GB together, of {memory / GB:.0f} GB"))
     raise ValueError(
         f"a Space with {need / GB:.1f} GB of memory is needed, and the largest of --space-hardware {hardware} has "
         f"{MACHINES[hardware][-1][1] / GB:.0f}; take another, or leave --space out"
