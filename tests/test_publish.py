@@ -25,7 +25,7 @@ from qlora_suite.conversations import Turn
 from qlora_suite.files import file_table, read_json, sha256
 from qlora_suite.generation import answer
 from qlora_suite.recipe import Model
-from qlora_suite.subject import subject_of
+from qlora_suite.subject import renderer_of, subject_of
 
 ADAPTER_FILES = {
     "LICENSE", "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "generation_config.json",
@@ -70,6 +70,9 @@ def test_the_adapter_names_the_base_of_the_hub_although_it_was_loaded_from_a_fol
     assert read_json(trained_run / "final" / "adapter_config.json")["base_model_name_or_path"].startswith("/")
     config = read_json(folder / "adapter_config.json")
     assert (config["base_model_name_or_path"], config["revision"]) == (BASE, COMMIT)
+    stops = renderer_of(subject_of(trained_run, [])).stop_token_ids
+    assert len(stops) == 3
+    assert read_json(folder / "generation_config.json")["eos_token_id"] == list(stops)
 
 
 def test_no_file_names_a_folder_of_this_machine(trained_run: Path, folder: Path) -> None:
