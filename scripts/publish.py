@@ -29,8 +29,7 @@ from qlora_suite.hub_folder import CARD, Result, build, form_of, listing, report
 from qlora_suite.hub_space import HARDWARE, build_space
 from qlora_suite.hub_upload import push
 from qlora_suite.leaks import cleaned, machine_roots, refuse_tokens
-from qlora_suite.model_card import hub_datasets, languages_of, model_card
-from qlora_suite.serving_lines import serving_lines
+from qlora_suite.model_card import hub_datasets, languages_of, model_card, serving_lines
 from qlora_suite.subject import subject_of
 from qlora_suite.tracking import console, say
 

@@ -26,6 +26,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from qlora_suite.adapter import drops_bias
 from qlora_suite.assistant import Assistant
 from qlora_suite.chat import Renderer
 from qlora_suite.model import load_base, load_config

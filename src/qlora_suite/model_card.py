@@ -22,6 +22,7 @@ from qlora_suite.model import load_config
 from qlora_suite.prequantized import quantization_of, source_of
 from qlora_suite.recipe import Model, Recipe
 from qlora_suite.report import COLUMNS, headline
+from qlora_suite.serving import Served, commands
 from qlora_suite.subject import renderer_of
 from qlora_suite.tracking import read_journal
 
@@ -307,3 +308,23 @@ def inline(value: Any) -> Any:
 
 def _line(text: str) -> str:
     return " ".join(text.split())
+
+
+def serving_lines(result: Result) -> list[tuple[str, str]]:
+    """(program, commands) for each that serves it from the hub; none for an adapter that has to be merged first."""
+    recipe, origin = result.subject.recipe, result.origin
+    adapter = recipe.adapter if result.form == "adapter" else None
+    served = Served(
+        name=result.name,
+        window=recipe.data.max_length,
+        merged=None if adapter else result.repo,
+        dtype="auto",
+        base=origin.id if origin else None,
+        revision=origin.revision if origin else None,
+        adapter=result.repo if adapter else None,
+        rank=adapter.rank if adapter else 16,
+        dora=adapter is not None and adapter.dora,
+        servable_as=result.run["servable_as"],
+    )
+    # llama.cpp and Ollama convert a folder first: scripts/export_gguf.sh
+    return [(program, "\n".join(lines)) for program, lines in commands(served).items() if program in ("vLLM", "transformers")]
