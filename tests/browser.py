@@ -10,9 +10,12 @@ from playwright.sync_api import Page, sync_playwright
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[object]:
-    """The browser. Skips where there is none, but not in CI, which installs it."""
+    """The browser, for one module: while it is there, an event loop runs in this thread.
+
+    Skips where there is none, but not in CI, which installs it.
+    """
     if CHROMIUM is None:
         if os.environ.get("CI") == "true":
             pytest.fail("there is no Chromium; scripts/test.sh installs it when it may")

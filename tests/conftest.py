@@ -19,6 +19,7 @@ if "gpu" not in sys.argv:
 import pytest
 import torch
 import yaml
+from browser import chromium, page  # noqa: F401 - fixtures
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 

@@ -58,7 +58,7 @@ def publish(*args: str | Path) -> SimpleNamespace:
     module = script("publish")
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     tracking = importlib.import_module("qlora_suite.tracking")
-    console, code = tracking.console.file, 0
+    code = 0
     sys.argv = [str(ROOT / "scripts" / "publish.py"), *map(str, args)]
     tracking.console.file = out
     try:
@@ -67,5 +67,5 @@ def publish(*args: str | Path) -> SimpleNamespace:
     except SystemExit as end:
         code = end.code
     finally:
-        sys.argv, tracking.console.file = before, console
+        sys.argv, tracking.console.file = before, None  # whatever sys.stdout is then
     return SimpleNamespace(code=code, text=out.getvalue() + err.getvalue(), said=out.getvalue(), error=err.getvalue())

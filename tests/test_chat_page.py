@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-from browser import chromium, page  # noqa: F401
 from conftest import ROOT, run_script
 from in_process import script
 from playwright.sync_api import Page, expect

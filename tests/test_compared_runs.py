@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from browser import chromium, page  # noqa: F401  fixtures
 from conftest import run_script, write_recipe
 from in_process import prepared, script, train
 from playwright.sync_api import Page
@@ -132,7 +131,7 @@ def test_a_mistake_is_one_sentence(runs: Path, names: tuple[str, ...], complaint
         comparison_of([runs / name for name in names])
 
 
-def test_the_command_writes_a_page_and_markdown(runs: Path, tmp_path: Path, page: Page) -> None:  # noqa: F811
+def test_the_command_writes_a_page_and_markdown(runs: Path, tmp_path: Path, page: Page) -> None:
     hostile = changed(runs / "slow", tmp_path / "<img src=x onerror=document.title=1> $x^ {{ 7*7 }} | b")
     done = run_script("evaluate.py", "--compare", runs / "first", runs / "second", hostile, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr

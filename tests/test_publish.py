@@ -29,7 +29,7 @@ from qlora_suite.subject import renderer_of, subject_of
 
 ADAPTER_FILES = {
     "LICENSE", "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "generation_config.json",
-    "recipe.yaml", "report.json", "report.md", "tokenizer.json", "tokenizer_config.json",
+    "recipe.yaml", "report.html", "report.json", "report.md", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from browser import chromium, page  # noqa: F401  fixtures
 from conftest import write_recipe
 from in_process import prepared, script, train
 from playwright.sync_api import Page
@@ -86,7 +85,7 @@ def hostile(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(page: Page) -> Any:  # noqa: F811
+def opened(page: Page) -> Any:
     """opened(path) -> the page, and what it asked for and complained of."""
     asked: list[str] = []  # what the policy refuses fails before it leaves
     said: list[str] = []
@@ -145,7 +144,7 @@ def test_the_policy_alone_stops_what_would_not_be_escaped(opened: Any, hostile: 
     assert any("Content Security Policy" in line for line in said)
 
 
-def test_light_dark_and_narrow(chromium: Any, run: Path) -> None:  # noqa: F811
+def test_light_dark_and_narrow(chromium: Any, run: Path) -> None:
     seen = {}
     for scheme in ("light", "dark"):
         for width in (400, 1400):

@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from browser import chromium, page  # noqa: F401
 from huggingface_hub import constants
 from huggingface_hub.repocard import metadata_load
 from playwright.sync_api import Page, expect

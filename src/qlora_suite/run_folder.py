@@ -208,9 +208,7 @@ class Run:
         for remark in remarks(self.recipe, order.num_rows, order.num_steps, config and config.target_modules):
             say(f"note       {remark}")
         if any(adapter.drops_bias(module) for module in engine.unwrapped.modules()):
-            say(
-                "note       rows of the output head are trained, and PEFT then computes it without its bias, here and wherever it is loaded"
-            )
+            say("note       rows of the output head are trained, and PEFT then leaves its bias out, here and wherever it is loaded")
 
     # ---- while it learns ----------------------------------------------------------------------------------------------------
 
