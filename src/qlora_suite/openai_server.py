@@ -39,7 +39,9 @@ def connect(url: str, timeout: float) -> httpx.Client:
     if key and parts.scheme == "http" and not here:
         raise ValueError(f"{KEY} is set, and {url} would send it over the network as plain text; use https, or unset it")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=url.rstrip("/") + "/", headers=headers, timeout=timeout, trust_env=not here)  # no proxy leads back here
+    anew = httpx.Limits(max_keepalive_connections=0)  # a server that failed at one request may close the connection under the next
+    trust_env = not here  # no proxy leads back here
+    return httpx.Client(base_url=url.rstrip("/") + "/", headers=headers, timeout=timeout, trust_env=trust_env, limits=anew)
 
 
 def _is_loopback(host: str) -> bool:
