@@ -35,7 +35,7 @@ from qlora_suite.model import base_fingerprint, load_base, load_config, logical_
 from qlora_suite.modelfile import modelfile, reads_safetensors, stop_texts
 from qlora_suite.recipe import Model
 from qlora_suite.run_folder import hardware
-from qlora_suite.serving import QUANTIZED, Served, check_command, commands, why_merged_only
+from qlora_suite.serving import QUANTIZED, Served, check_commands, commands, why_merged_only
 from qlora_suite.subject import subject_of, unquantised_base
 from qlora_suite.tracking import console, say
 
@@ -50,6 +50,8 @@ def run(target: Path, output: Path | None, into: str | None, dtype: str | None, 
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that PyTorch can use here; leave it out, and the CPU computes")
     subject = subject_of(target, [])
+    if not target.is_dir():
+        raise ValueError(f"{target} is no run's folder; give the folder that scripts/train.py wrote, runs/NAME")
     if not subject.adapter:
         raise ValueError(f"{target} has no adapter to merge: every weight was trained, and {target / 'final'} is a whole model already")
     computed_in = getattr(torch, read_json(target / "run.json")["precision"])
@@ -208,7 +210,9 @@ def show_serving(assistant: Assistant, target: Path, output: Path, dtype: torch.
             say(f"{program if i == 0 else '':<13}{line}")
     if why := why_merged_only(served):
         say(f"{'adapter':<13}is not served beside its base: {why}")
-    say(f"{'check':<13}{check_command(str(target))}")
+    say("and then, to see whether what it serves is what was trained:")
+    for program, line in check_commands(str(target), served).items():
+        say(f"{program:<13}{line}")
 
 
 def name_of(dtype: torch.dtype) -> str:

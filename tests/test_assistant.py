@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from talking import ANSWERS, EMOJI, LONG, assistant, run  # noqa: F401
 
 from qlora_suite import history
@@ -110,18 +112,36 @@ def test_a_system_prompt_is_taken_where_the_format_has_a_place(tiny_base: Path, 
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("a < b & c > d", "a &lt; b &amp; c &gt; d"),
-        ("`a < b` <i>", "`a < b` &lt;i&gt;"),
-        ("```html\n<b>\n```\n<b>", "```html\n<b>\n```\n&lt;b&gt;"),
-        ("```\n<b> never closed", "```\n<b> never closed"),
-        ("```js x`y\n<b>", "```js x`y\n&lt;b&gt;"),  # a backtick behind the fence: no fence
-        ("``<b>``", "``&lt;b&gt;``"),
-        ("![p](http://x/y.png) [l](http://x)", "&#33;[p](http://x/y.png) [l](http://x)"),
-        ("**b**\n- 1\n# h", "**b**\n- 1\n# h"),
+        ("a < b & c > d", "<p>a &lt; b &amp; c &gt; d</p>"),
+        ("`a < b` <i>", "<p><code>a &lt; b</code> &lt;i&gt;</p>"),
+        ("\\`<b>x</b>\\`", "<p>`&lt;b&gt;x&lt;/b&gt;`</p>"),  # escaped backticks are none
+        ("``x < y``", "<p><code>x &lt; y</code></p>"),
+        ("    x < y", "<pre><code>x &lt; y&#10;</code></pre>"),
+        ("- a\n  ```\n\n<b>x</b>", "<ul>\n<li>a<pre><code>&#10;</code></pre>\n</li>\n</ul>\n<p>&lt;b&gt;x&lt;/b&gt;</p>"),
+        ("```\r\nx\r\n```\r\n<img src=x>", "<pre><code>x&#10;</code></pre>\n<p>&lt;img src=x&gt;</p>"),
+        ("```\na\n\n<b> never closed", "<pre><code>a&#10;&#10;&lt;b&gt; never closed</code></pre>"),
+        ("![p](http://x/y.png)", '<p>!<a href="http://x/y.png">p</a></p>'),
+        ("[l](javascript:x) <http://x>", '<p>[l](javascript:x) <a href="http://x">http://x</a></p>'),
+        ("**b**\n- 1\n# h", "<p><strong>b</strong></p>\n<ul>\n<li>1</li>\n</ul>\n<h1>h</h1>"),
+        ("a\nb\n\nc", "<p>a<br />\nb</p>\n<p>c</p>"),
     ],
 )
 def test_markdown_stays_and_html_and_pictures_are_shown_as_text(text: str, shown: str) -> None:
-    assert safe_markdown(text) == shown
+    assert safe_markdown(text) == f"<div>{shown}</div>"
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<b>", "</div>", "`", "```", "~~~", "\n", "\n\n", "    ", "- ", "> ", "\r\n", "\\", "&lt;", "![", "](x)", "|", "x"]
+        )
+    )
+)
+def test_no_text_brings_html_of_its_own_or_a_blank_line(parts: list[str]) -> None:
+    made = safe_markdown("".join(parts))
+    assert not re.search(r"<(b|img)\b", made)
+    assert made.count("</div>") == made.count("<div>") <= 1
+    assert "\n\n" not in made
 
 
 # --- the terminal

@@ -151,6 +151,21 @@ def test_base_and_adapter_answer_side_by_side_each_with_its_own_history(talk: Pa
     expect(talk.locator("#status-adapter")).to_contain_text(f"prompt {prompt_tokens(assistant, 'hello')} tokens")
 
 
+def test_what_one_side_was_asked_alone_is_not_lost_when_both_are_asked_again(talk: Page) -> None:
+    talk.get_by_label("both, side by side").check()
+    send(talk, "hello")
+    ended(talk)
+    ended(talk, side="base")
+    talk.get_by_label("adapter", exact=True).check()
+    send(talk, "emoji")
+    ended(talk, 2)
+    talk.get_by_label("both, side by side").check()
+    talk.click("#retry")
+    ended(talk, 2, "base")
+    for side in ("adapter", "base"):
+        assert [text.strip() for text in talk.locator(f"#chat-{side} .user.message").all_inner_texts()] == ["hello", "emoji"]
+
+
 def test_what_does_not_fit_is_left_out_and_said(talk: Page, assistant: Assistant) -> None:
     """Three messages of more than 80 tokens, each with its answer, are more than the window's 256."""
     long = " ".join(["count"] * 45)
@@ -352,6 +367,14 @@ def test_nothing_can_be_uploaded_and_no_huge_request_is_read(url: str) -> None:
         assert plain.recv(100).startswith(b"HTTP/1.1 403")
 
 
+def test_another_address_of_this_machine_is_a_name_of_its_own(run: Path) -> None:
+    with chat(run, "--listen", "127.0.0.2") as given:
+        address = given.replace("127.0.0.1", "127.0.0.2")
+        assert got(address)[0] == 200
+        assert got(address, Host="LOCALHOST:7860")[0] == 200
+        assert got(address, Host="example.com")[0] == 403
+
+
 def test_it_answers_to_its_own_name_alone(url: str) -> None:
     """A name that somebody made to lead to this machine is another one."""
     assert got(url, Host="evil.example:80")[0] == 403
@@ -482,6 +505,8 @@ def test_a_port_that_is_taken_and_an_address_of_another_machine_are_said_at_once
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=f"cannot listen at port {port} of 127.0.0.1: Address already in use"):
             chat.run(chat.arguments().parse_intermixed_args([str(run), "--port", str(port)]))
+    with pytest.raises(ValueError, match="--port 99999: a port is a number from 1 to 65535"):
+        chat.run(chat.arguments().parse_intermixed_args([str(run), "--port", "99999"]))
     with pytest.raises(ValueError, match=r"cannot listen at 203.0.113.9: .*; give another --port, or an address of this machine"):
         chat.run(chat.arguments().parse_intermixed_args([str(run), "--listen", "203.0.113.9"]))
 

@@ -66,6 +66,16 @@ def test_seeds_are_folded_into_mean_and_standard_deviation(runs: Path) -> None:
     assert any(f"{runs / 'slow'}: one seed." in note and str(runs / "first") not in note for note in notes(compared))
 
 
+def test_runs_on_other_data_are_no_seeds_of_one_run(runs: Path, tmp_path: Path) -> None:
+    other = changed(runs / "second", tmp_path / "other")
+    status = read_json(other / "status.json")
+    status["identity"]["data (hash of rows and tokenizer)"] = "0" * 64
+    write_json(other / "status.json", status)
+    (compared,) = comparison_of([runs / "first", other])
+    assert [len(entry.runs) for entry in compared.entries] == [1, 1]
+    assert "data (hash)" in {key for key, _, _ in compared.differing}
+
+
 def test_what_differs_is_named_and_nothing_else(runs: Path) -> None:
     (compared,) = comparison_of([runs / "first", runs / "slow"])
     settings = {key: (values, learnt) for key, values, learnt in compared.differing}

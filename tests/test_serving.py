@@ -13,7 +13,7 @@ from qlora_suite.chat_templates import jinja
 from qlora_suite.modelfile import go_template, modelfile, reads_safetensors
 from qlora_suite.recipe import Chat
 from qlora_suite.role_markers import add_role_markers
-from qlora_suite.serving import VLLM_RANKS, Served, commands, max_lora_rank
+from qlora_suite.serving import VLLM_RANKS, Served, check_commands, commands, max_lora_rank
 
 SYSTEM, HI, HELLO, AND = (
     {"role": role, "content": text} for role, text in (("system", 'Be "brief".'), ("user", "hi"), ("assistant", "hello"), ("user", "and?"))
@@ -145,3 +145,12 @@ def test_every_server_listens_on_the_loopback_interface() -> None:
 def test_ollama_reads_the_folder_that_has_what_it_reads() -> None:
     assert shlex.split(commands(served())["Ollama"][0])[-1] == "my runs/merged-gguf/Modelfile"
     assert shlex.split(commands(served(ollama_reads=True))["Ollama"][0])[-1] == "my runs/merged/Modelfile"
+
+
+def test_each_program_has_its_own_way_to_be_checked():
+    served = Served(name="oasst", window=64, merged="runs/oasst/merged", servable_as="merged")
+    lines = check_commands("runs/oasst", served)
+    assert lines.keys() == commands(served).keys()
+    assert lines["vLLM"] == "python scripts/check_served.py runs/oasst --url http://127.0.0.1:8000/v1"
+    assert lines["transformers"].endswith(":8000/v1 --model runs/oasst/merged")
+    assert (":8080/v1" in lines["llama.cpp"], lines["Ollama"].endswith(":11434/v1 --model oasst")) == (True, True)

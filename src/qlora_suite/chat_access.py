@@ -29,6 +29,8 @@ def password_for(address: str) -> str | None:
 
 def check_place(address: str, port: int | None) -> None:
     """Raises ValueError if there is no such address on this machine, or the port is taken or not allowed."""
+    if port is not None and not 1 <= port <= 65535:
+        raise ValueError(f"--port {port}: a port is a number from 1 to 65535")
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(address, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as trial:

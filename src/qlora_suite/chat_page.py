@@ -139,12 +139,11 @@ def chat_page(
             stop.set()
 
     def without_last(talk: dict, choice: str) -> tuple[dict, str]:
-        """And the message that it answered."""
-        last = ""
-        for side in shown_sides(choice):
-            if talk[side]:
-                last = talk[side][-1].question
-                talk = {**talk, side: talk[side][:-1], "status": {**talk["status"], side: ""}}
+        """And the message that it answered. A side that was asked something else last keeps it: the longest one says what was last."""
+        asked_last = {side: talk[side][-1].question for side in shown_sides(choice) if talk[side]}
+        last = asked_last[max(asked_last, key=lambda side: len(talk[side]))] if asked_last else ""
+        for side in (side for side, question in asked_last.items() if question == last):
+            talk = {**talk, side: talk[side][:-1], "status": {**talk["status"], side: ""}}
         return talk, last
 
     def undo(talk: dict, choice: str) -> dict:
@@ -186,7 +185,7 @@ def chat_page(
                         elem_classes="chat",
                         height="46vh",
                         placeholder=placeholder(assistant, side),
-                        buttons=["copy"],
+                        buttons=[],  # its copy button would copy what safe_markdown made
                         feedback_options=None,
                         sanitize_html=True,
                         allow_tags=False,

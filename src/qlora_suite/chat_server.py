@@ -61,7 +61,7 @@ class Guard:
 
     def complaint(self, path: str, method: str, headers: dict[bytes, str]) -> str:
         host = headers.get(b"host", "").rpartition(":")[0] or headers.get(b"host", "")
-        if self.hosts and host.strip("[]") not in self.hosts:
+        if self.hosts and host.strip("[]").lower() not in self.hosts:
             return "this page is served to this machine alone"
         if ".." in path or not (path.startswith(SERVED) or path.rstrip("/") in SERVED_EXACTLY or path == "/"):
             return "not served here"
@@ -77,7 +77,7 @@ def serve(page: gr.Blocks, address: str, port: int | None, password: str | None)
     Raises OSError if the port is taken or there is no such address.
     """
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # read although allowed_paths is empty
-    hosts = ("127.0.0.1", "localhost", "::1") if is_loopback(address) else None
+    hosts = ("127.0.0.1", "localhost", "::1", address.lower()) if is_loopback(address) else None
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     _, url, _ = page.launch(
         server_name=address,

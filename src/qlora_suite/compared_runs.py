@@ -21,6 +21,7 @@ from qlora_suite.evaluation import bootstrapped
 from qlora_suite.files import hash_of, read_json
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import load
+from qlora_suite.run_folder import DATA
 from qlora_suite.tracking import read_journal
 
 LN2 = math.log(2)
@@ -101,13 +102,15 @@ def read_run(folder: Path) -> EvaluatedRun:
         raise ValueError(f"{folder}/report.json has no score of the run's own result; make it again: python scripts/evaluate.py {folder}")
     recipe, run = load(folder / "recipe.yaml"), read_json(folder / "run.json")
     settings = {**{key: _word(value) for key, value in flatten(recipe).items() if key not in PLACES}, **_beyond(run)}
+    identity = read_json(folder / "status.json").get("identity") or {}
+    settings["data (hash)"] = str(identity.get(DATA))[:12]  # the recipe may be the same, and what stood in its files not
     seed = settings.pop("seed")
     metrics = read_journal(folder / "metrics.jsonl")
     return EvaluatedRun(folder, settings, seed, _curve(recipe), report, run, metrics)
 
 
 def _curve(recipe: Recipe) -> frozenset[str]:
-    return frozenset(curve_keys(recipe)) | {"base (hash)", "precision"}
+    return frozenset(curve_keys(recipe)) | {"base (hash)", "data (hash)", "precision"}
 
 
 def _beyond(run: Mapping[str, Any]) -> dict[str, str]:

@@ -34,6 +34,8 @@ Row = tuple[str, dict[str, Any]]
 
 def rows_in(path: Path) -> list[Row]:
     """A prompt a line; of a .jsonl file an object a line. Raises ValueError for a line that is none."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path} with prompts; give one with --file, or a prompt on the command line")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -166,8 +166,9 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
     add("Perplexity per token", lambda s: s["perplexity"], lambda v: f"{v:,.2f}")
     asked = report.get("answers") or {"columns": {}}
     of_answers = {id(base): asked["columns"].get("base"), id(adapter): asked["columns"].get("adapter")}
-    add("Answers ended by themselves", lambda s: (of_answers[id(s)] or {}).get("stopped"), lambda v: f"{v:.0%}")
-    add(f"Answers ended within {CONCISE_WORDS} words", lambda s: (of_answers[id(s)] or {}).get("concise"), lambda v: f"{v:.0%}")
+    count = len(asked.get("prompts", ()))
+    add(f"Of {count} answers, ended by themselves", lambda s: (of_answers[id(s)] or {}).get("stopped"), lambda v: f"{v * count:.0f}")
+    add(f"Of {count}, within {CONCISE_WORDS} words", lambda s: (of_answers[id(s)] or {}).get("concise"), lambda v: f"{v * count:.0f}")
     add("Repetition in answers", lambda s: (of_answers[id(s)] or {}).get("repetition"), lambda v: f"{v:.0%}")
     return tiles
 

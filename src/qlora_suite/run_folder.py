@@ -43,6 +43,7 @@ from qlora_suite.watchdog import explain_lost_peers
 ON_REQUEST = "on a request to stop"
 SEEN_WITHIN_SECONDS = 60.0
 """A network file system may take its time to show a new file to another node."""
+DATA = "data (hash of rows and tokenizer)"
 BASE = "base (commit, or hash of its files)"
 
 
@@ -54,7 +55,7 @@ def prepared_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What must not change between two starts of one run."""
     keys = {key: value for key, value in curve_keys(recipe).items() if not names_files(key)}
-    everything = {**keys, "data (hash of rows and tokenizer)": data_hash(manifest), BASE: base_fingerprint(recipe.model)}
+    everything = {**keys, DATA: data_hash(manifest), BASE: base_fingerprint(recipe.model)}
     return json.loads(json.dumps(everything))  # tuples as lists, as they come back from a file
 
 

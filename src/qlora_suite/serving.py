@@ -104,5 +104,9 @@ def commands(served: Served) -> dict[str, list[str]]:
     return {program: lines for program, lines in found.items() if lines}
 
 
-def check_command(run: str, port: int = 8000) -> str:
-    return shlex.join(["python", "scripts/check_served.py", run, "--url", f"http://127.0.0.1:{port}/v1"])
+def check_commands(run: str, served: Served) -> dict[str, str]:
+    """By program: is what it serves what was trained? `transformers serve` lists what is in the hub's cache, so its model is named."""
+    ports = {"vLLM": 8000, "llama.cpp": 8080, "Ollama": 11434, "transformers": 8000}
+    command = ["python", "scripts/check_served.py", run, "--url"]
+    named = {"transformers": ["--model", served.merged or ""], "Ollama": ["--model", served.name]}
+    return {p: shlex.join([*command, f"http://127.0.0.1:{ports[p]}/v1", *named.get(p, [])]) for p in commands(served)}
