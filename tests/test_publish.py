@@ -390,3 +390,17 @@ def test_paths_become_relative_and_common_words_stay() -> None:
     roots = ["/home/me/suite/data", "/home/me"]
     assert leaks.without_paths('"/home/me/suite/data/x.jsonl" /home/me/.cache /home/men', roots) == '"x.jsonl" .cache /home/men'
     assert leaks.without_paths("cd /home/me; ls /usr/bin", roots) == "cd .; ls /usr/bin"
+
+
+def test_what_a_person_changed_in_the_folder_is_not_lost_to_the_next_call(run: Path) -> None:
+    assert publish(run, "--repo", REPO, "--dry-run").code == 0
+    assert publish(run, "--repo", REPO, "--dry-run").code == 0  # nothing was changed: it is written anew
+    card = run / "hub" / "README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    (run / "hub" / "mine.png").write_bytes(b"x")
+    done = publish(run, "--repo", REPO, "--dry-run")
+    assert done.code == 2
+    assert "was changed by hand since it was made (README.md, mine.png)" in done.error
+    assert "My own words." in card.read_text()
+    (run / "hub").rename(run / "kept")
+    assert publish(run, "--repo", REPO, "--dry-run").code == 0

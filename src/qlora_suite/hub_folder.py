@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from qlora_suite.base_origin import Origin, base_file
 from qlora_suite.checkpoint import ADAPTER, MANIFEST
-from qlora_suite.files import complaint_about, read_json, sha256, write_json, write_text
+from qlora_suite.files import complaint_about, file_table, read_json, sha256, write_json, write_text
 from qlora_suite.leaks import complaint_about_leaks, machine_roots, without_paths
 from qlora_suite.subject import Subject, renderer_of
 
@@ -138,8 +138,14 @@ def build(result: Result, folder: Path, card: str, with_reports: bool) -> None:
             raise ValueError(f"nothing was published: {complaint}")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+        write_json(built(folder), file_table(folder, but=""))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def built(folder: Path) -> Path:
+    """Beside the folder, for it is not published: what `build` wrote, so that a person's own changes are not lost to the next one."""
+    return folder.with_name(f".{folder.name}.json")
 
 
 def check_place(folder: Path, run: Path) -> None:
@@ -147,6 +153,13 @@ def check_place(folder: Path, run: Path) -> None:
     ours = folder == run / "hub" or ((folder / CARD).is_file() and MARK in (folder / CARD).read_text(encoding="utf-8", errors="replace"))
     if folder.exists() and not (folder.is_dir() and (ours or not any(folder.iterdir()))):
         raise ValueError(f"{folder} is there already and is no folder that this script made; give another --output")
+    if folder.exists() and built(folder).is_file():
+        table, now = read_json(built(folder)), file_table(folder, but="")
+        if changed := sorted(name for name in table.keys() | now.keys() if table.get(name) != now.get(name)):
+            raise ValueError(
+                f"{folder} was changed by hand since it was made ({', '.join(changed[:3])}), and would be written anew; move it away, "
+                "publish, and make your changes on the hub"
+            )
 
 
 def listing(folder: Path) -> Iterator[tuple[str, int, str]]:
