@@ -272,6 +272,21 @@ def in_process(assistant: Assistant) -> Iterator[tuple[str, list[list[int]]]]:
     blocks.close(verbose=False)
 
 
+def test_a_conversation_that_is_cleared_while_an_answer_comes_stays_cleared(
+    page: Page, in_process: tuple[str, list[list[int]]], slow: Slow, assistant: Assistant
+) -> None:
+    talk = opened(page, in_process[0])
+    send(talk, "count")
+    expect(talk.locator("#status-adapter")).to_contain_text(re.compile(r"\d+ tokens · "))
+    talk.locator("#chat-adapter").get_by_label("Clear").click()
+    expect(talk.locator("#send")).to_be_visible()
+    expect(answers(talk)).to_have_count(0)
+    assert slow.passes < 80, "the whole answer was made"
+    slow.seconds = 0
+    send(talk, "hello")
+    assert f"prompt {prompt_tokens(assistant, 'hello')} tokens" in ended(talk)
+
+
 def test_stop_ends_the_generation_and_keeps_what_was_said(
     page: Page,
     in_process: tuple[str, list[list[int]]],

@@ -71,6 +71,7 @@ def chat_page(
     examples = assistant.recipe.previews.prompts if examples is None else examples
     system_prompt = assistant.renderer.chat.system_prompt or ""
     stops: dict[str, threading.Event] = {}
+    wiped: set[str] = set()  # sessions whose conversation was cleared while an answer was coming
     """By session, while it is answered."""
 
     def shown_sides(choice: str) -> list[str]:
@@ -128,7 +129,10 @@ def chat_page(
             traceback.print_exc()
         finally:
             stops.pop(request.session_hash, None)
-        if complaint:
+        if request.session_hash in wiped:
+            wiped.discard(request.session_hash)
+            yield {**shown(empty, {}), **running(False), state: empty}
+        elif complaint:
             lines = {side: f"⚠ {plain(complaint)}" if side in asking else text for side, text in lines.items()}
             yield {**shown(talk, lines), **running(False), box: message}
         else:
@@ -137,6 +141,13 @@ def chat_page(
     def stop_answer(request: gr.Request) -> None:
         if stop := stops.get(request.session_hash):
             stop.set()
+
+    def wipe(request: gr.Request) -> dict:
+        """Also while an answer comes, which then is the last thing that is wiped."""
+        if request.session_hash in stops:
+            wiped.add(request.session_hash)
+            stop_answer(request)
+        return {**shown(empty, {}), state: empty}
 
     def without_last(talk: dict, choice: str) -> tuple[dict, str]:
         """And the message that it answered. A side that was asked something else last keeps it: the longest one says what was last."""
@@ -231,7 +242,7 @@ def chat_page(
         drawn = [box, state, *chats.values(), *statuses.values()]
         back.click(undo, [state, choice], drawn, **quick)
         retry.click(undo, [state, choice], drawn, **quick).then(send, inputs, outputs, **model)
-        gr.on([clear.click, *(chat.clear for chat in chats.values())], lambda: {**shown(empty, {}), state: empty}, None, drawn, **quick)
+        gr.on([clear.click, *(chat.clear for chat in chats.values())], wipe, None, drawn, **quick)
         temperature.change(lambda t: gr.update(interactive=t > 0), temperature, top_p, **quick)
         if len(sides) > 1:
             shows = lambda chosen: [gr.update(visible=side in shown_sides(chosen)) for side in sides]  # noqa: E731
