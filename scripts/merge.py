@@ -210,7 +210,7 @@ def show_serving(assistant: Assistant, target: Path, output: Path, dtype: torch.
             say(f"{program if i == 0 else '':<13}{line}")
     if why := why_merged_only(served):
         say(f"{'adapter':<13}is not served beside its base: {why}")
-    say("and then, to see whether what it serves is what was trained:")
+    say("\nis what is served what was trained?")
     for program, line in check_commands(str(target), served).items():
         say(f"{program:<13}{line}")
 
