@@ -58,12 +58,13 @@ def folder_aside(folder: Path, ending: str) -> Path:
 
 
 def _is_alive(pid: int) -> bool:
+    """Is there such a process on this machine? (watchdog.py asks the same, and is run as a file, without this package.)"""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # it is another user's
-        return True
+        pass
     return True
 
 

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from qlora_suite.base_origin import Origin, base_file
 from qlora_suite.checkpoint import ADAPTER, MANIFEST
-from qlora_suite.files import complaint_about, file_table, read_json, sha256, write_json, write_text
+from qlora_suite.files import complaint_about, file_table, folder_aside, read_json, sha256, write_json, write_text
 from qlora_suite.leaks import complaint_about_leaks, machine_roots, without_paths
 from qlora_suite.subject import Subject, renderer_of
 
@@ -116,9 +116,7 @@ def report_of(subject: Subject) -> tuple[dict[str, Any] | None, str]:
 def build(result: Result, folder: Path, card: str, with_reports: bool) -> None:
     """Write `folder` anew, aside first. Raises ValueError if something else is in its place, or if anything leaks."""
     check_place(folder, result.subject.folder)
-    aside, roots = folder.with_name(f".{folder.name}.tmp"), machine_roots(result.subject.folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside, roots = folder_aside(folder, "tmp"), machine_roots(result.subject.folder)
     try:
         _take_weights(result, aside)
         for name in TOKENIZER:

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub.repocard import metadata_save
 
-from qlora_suite.files import write_json, write_text
+from qlora_suite.files import folder_aside, write_json, write_text
 from qlora_suite.hub_folder import CARD, MARK, Result, check_place
 from qlora_suite.leaks import complaint_about_leaks, machine_roots
 from qlora_suite.model import load_config
@@ -55,9 +55,7 @@ def build_space(result: Result, model_folder: Path, folder: Path, hardware: str 
         raise ValueError("the model continues texts and knows no chat, so there is no chat page for it; leave --space out")
     check_place(folder, result.subject.folder)
     plan = plan_for(result, model_folder, hardware)
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = folder_aside(folder, "tmp")
     try:
         app = (resources.files("qlora_suite") / "space" / "app.py").read_text(encoding="utf-8")
         write_text(aside / "app.py", app)
