@@ -351,7 +351,8 @@ def run(folder: Path) -> None:
         train(recipe)
     report = {"date": datetime.date.today().isoformat(), **score_everything(recipes, manifests)}
     for name in names:
-        report["runs"][name]["tokens_trained"] = read_journal(Path(recipes[name].output.dir) / "metrics.jsonl")[-1]["tokens"]
+        metrics = read_journal(Path(recipes[name].output.dir) / "metrics.jsonl")
+        report["runs"][name]["tokens_trained"] = max(record.get("tokens", 0) for record in metrics)
     say("the arithmetic of the settings")
     report["arithmetic"] = {name: arithmetic(*name.split("_"), folder) for name in names}
     report["made_by"] = {**hardware(ON_CPU), "versions": versions()}

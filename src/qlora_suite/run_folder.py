@@ -219,6 +219,11 @@ class Run:
             self.metrics.add({"step": step, "attempt": self.status.attempt, **values})
             self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
+    def add_event(self, step: int, event: str, **details: Any) -> None:
+        """Note in metrics.jsonl what went wrong without ending the run; `event` is a few words, the same for all of its kind."""
+        if self.main:
+            self.metrics.add({"step": step, "attempt": self.status.attempt, "event": event, **details})
+
     def add_preview(self, step: int, answers: Sequence[generation.Answer] | None) -> None:
         """Note the answers of a step; None stands for answers that were cut short."""
         if self.main and answers:

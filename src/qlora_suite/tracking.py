@@ -36,11 +36,14 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Journal:
-    """An append-only JSONL file, cut back when a run resumes from an earlier step, so that nothing stands in it twice."""
+    """An append-only JSONL file, cut back when a run resumes from an earlier step, so that nothing stands in it twice.
+
+    Records with an `event` stay: a disk that was full at a step that is done again was full all the same.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.records: list[dict[str, Any]] = [r for r in read_journal(path) if r["step"] <= step]
+        self.records: list[dict[str, Any]] = [r for r in read_journal(path) if r["step"] <= step or "event" in r]
         write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records))
 
     def add(self, record: dict[str, Any]) -> None:
