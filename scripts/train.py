@@ -9,17 +9,20 @@ The same command again goes on where the run stopped. Everything it writes is be
     checkpoints/     to go on from; each verified                 previews.md     answers to the recipe's prompts over time
     final/           the adapter to use, in PEFT's layout:        status.json     running, stopped, finished or failed
                      the best on the development split if evaluation.every_steps is set, else the last
-    metrics.jsonl    one line a step                              run.json        recipe, versions, hashes, hardware
+    metrics.jsonl    one line a step, and what went wrong         run.json        recipe, versions, hashes, hardware
+    black_box/       what stood around a step that went wrong
 """
 
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qlora_suite import compatibility, dataset, optimizer, run_folder
+from qlora_suite import anomalies, black_box, compatibility, dataset, optimizer, run_folder
 from qlora_suite.adapter import size
+from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import main
@@ -27,8 +30,8 @@ from qlora_suite.engine import autocast, engine_for, name_of, seed_for
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import check_dev_rows, dev_loss
 from qlora_suite.generation import preview
-from qlora_suite.loss import collate, summed_loss
-from qlora_suite.micro_batch import choose, set_checkpointing
+from qlora_suite.loss import Batch, collate, summed_loss
+from qlora_suite.micro_batch import choose, is_out_of_memory, set_checkpointing
 from qlora_suite.preemption import StopRequest
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Recipe
@@ -117,6 +120,7 @@ def train(recipe: Recipe) -> None:
                 lambda largest: min(gathered(accelerator, largest)),
                 optimizer.state_bytes(net),
             )
+        limit, checkpointing = run.within_memory(limit, checkpointing)
         state.micro_batch = {**asdict(limit), "checkpointing": checkpointing}
         set_checkpointing(base, checkpointing)
 
@@ -127,13 +131,41 @@ def train(recipe: Recipe) -> None:
         set_timeout_of_every_group(process_group_timeout(hung_after))  # engines make groups of their own
         run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing)
 
-        def backward_of(row_numbers: list[int], num_tokens: int, last: bool) -> torch.Tensor:
-            """Forward and backward pass of one micro-batch. Returns its summed loss, a device scalar."""
-            batch = collate([rows[r] if r != EMPTY else None for r in row_numbers], pad_id).to(accelerator.device)
-            with engine.accumulate(last):
-                loss_sum = summed_loss(engine.model, batch)
-                engine.backward(loss_sum, num_tokens)
-            return loss_sum.detach()
+        def batch_of(row_numbers: list[int]) -> Batch:
+            return collate([rows[r] if r != EMPTY else None for r in row_numbers], pad_id).to(accelerator.device)
+
+        def gradients_of(step: int, step_rows: list[int], num_tokens: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+            """Forward and backward pass of this rank's rows of a step, in micro-batches; the engine adds up the gradients.
+
+            Returns the micro-batches and their summed losses (device scalars). What does not fit into memory is done again in smaller ones.
+            """
+            nonlocal limit, checkpointing
+            while True:
+                micro, losses = micro_batches(step_rows, rows.lengths, limit, accelerator.process_index, accelerator.num_processes), []
+                try:
+                    for i, row_numbers in enumerate(micro):
+                        watch.beat(f"step {step + 1}, micro-batch {i + 1}")
+                        seed_for(recipe.seed, step, i, accelerator.process_index)
+                        with engine.accumulate(last=i == len(micro) - 1):
+                            loss_sum = summed_loss(engine.model, batch_of(row_numbers))
+                            engine.backward(loss_sum, num_tokens)
+                        losses.append(loss_sum.detach())
+                    return micro, losses
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                # not in the block above: there the error's traceback still holds the tensors
+                limit, checkpointing = run.with_less_memory(state, engine, limit, checkpointing, micro, rows.lengths)
+                set_checkpointing(base, checkpointing)
+
+        def looked_at(step: int, micro: list[list[int]], losses: list[torch.Tensor]) -> dict[str, Any]:
+            """A black box of the step, whose gradients are there and not yet applied."""
+
+            def forward(i: int) -> None:
+                seed_for(recipe.seed, step, i, accelerator.process_index)
+                summed_loss(engine.unwrapped, batch_of(micro[i]))
+
+            return black_box.look(engine, forward, micro, losses, rows, tokenizer)
 
         def look_around() -> None:
             """Evaluation and previews where they are due: none of it changes the curve. A request to stop cuts them short, and the
@@ -159,23 +191,21 @@ def train(recipe: Recipe) -> None:
                 step_began = time.monotonic()
                 step_rows = order.rows_for_step(step)
                 num_tokens = int(sum(rows.num_supervised[r] for r in step_rows if r != EMPTY))  # of the whole step, on all ranks
-                micro = micro_batches(step_rows, rows.lengths, limit, accelerator.process_index, accelerator.num_processes)
-
-                loss_sum = torch.zeros((), device=accelerator.device)
-                for i, row_numbers in enumerate(micro):
-                    watch.beat(f"step {step + 1}, micro-batch {i + 1}")
-                    seed_for(recipe.seed, step, i, accelerator.process_index)
-                    loss_sum += backward_of(row_numbers, num_tokens, last=i == len(micro) - 1)
+                micro, losses = gradients_of(step, step_rows, num_tokens)
 
                 # the gradient was divided by num_tokens in engine.backward; engine.step clips, applies and clears it
                 learning_rate = lr_at(step, recipe.optim, num_steps)
                 engine.set_lr(learning_rate)
-                loss = engine.sum_over_ranks(loss_sum.item())[0] / num_tokens
-                grad_norm, applied = engine.step(loss)
+                loss = engine.sum_over_ranks(sum(losses).item())[0] / num_tokens
+                grad_norm = engine.grad_norm()
+                found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
+                applied = is_applied(found, recipe.optim)
+                if found and not is_scale_search(found, loss, dtype, engine.loss_scale(), state.skipped_in_a_row):
+                    run.add_anomaly(state, found, looked_at(step, micro, losses), loss, grad_norm, applied)
+                engine.step(applied)
 
                 state.step = step + 1
-                state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
-                state.skipped_steps += not applied
+                anomalies.count(state, grad_norm, applied)
                 seconds = time.monotonic() - step_began
                 tokens = int(sum(rows.lengths[r] for r in step_rows if r != EMPTY))
                 state.tokens, state.seconds = state.tokens + tokens, state.seconds + seconds
@@ -195,7 +225,7 @@ def train(recipe: Recipe) -> None:
                 bar.advance(state.step, f"loss {loss:.3f}  {state.tokens / state.seconds:,.0f} tokens/s")
                 if not applied:
                     with together(accelerator):
-                        engine.check_nonfinite(state.skipped_in_a_row, recipe.train.max_nonfinite_steps, step_rows)
+                        check_skipped(state.skipped_in_a_row, recipe.train.max_skipped_steps, dtype, engine.loss_scale(), found, step_rows)
 
                 look_around()
                 outcome, last = run.reason_to_stop(state, engine, stop, time.monotonic() - began), state.step == num_steps

@@ -24,6 +24,7 @@ from qlora_suite.accelerate_config import check_base, check_config, engine_of
 from qlora_suite.batches import check_division
 from qlora_suite.dataset import load_manifest
 from qlora_suite.files import read_json, write_json
+from qlora_suite.micro_batch import NOTE
 from qlora_suite.preemption import REQUEST
 from qlora_suite.recipe import Recipe, curve_keys, names_files
 from qlora_suite.recipe_file import load
@@ -168,6 +169,8 @@ def end(run: Path, before: str) -> tuple[str, str]:
     state, reason, where = status["state"], status.get("reason", ""), f"at step {status['step']} of {status['num_steps']}"
     if state == "running":
         return state, f"the run died {where} without a word: killed, out of memory, or a lost node"
+    if state == "failed" and (run / NOTE).exists() and read_json(run / NOTE).get("ended_attempt") == status["attempt"]:
+        return "stopped", f"out of memory {where}; it goes on with smaller micro-batches"
     return state, f"{state} {where}" + (f" ({reason})" if reason else "")
 
 

@@ -39,12 +39,12 @@ CURVE = _words("""
     adapter.rank adapter.alpha adapter.dropout adapter.targets adapter.rslora adapter.dora adapter.neftune_noise_alpha
     adapter.init adapter.allow_partial
     optim.name optim.learning_rate optim.schedule optim.warmup_steps optim.min_learning_rate_ratio optim.weight_decay
-    optim.betas optim.eps optim.max_grad_norm
+    optim.betas optim.eps optim.max_grad_norm optim.spike_ratio optim.on_spike
     train.rows_per_step train.epochs train.max_steps
 """)
 FREE = _words("""
     data.prepared
-    train.micro_batch train.gradient_checkpointing train.max_nonfinite_steps
+    train.micro_batch train.gradient_checkpointing train.max_skipped_steps
     stop.after_minutes stop.hung_after_minutes
     evaluation.every_steps evaluation.budget_tokens evaluation.patience evaluation.bootstrap_samples
     previews.prompts previews.every_steps previews.max_new_tokens

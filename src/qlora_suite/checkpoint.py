@@ -55,8 +55,10 @@ class State:
     seconds: float = 0.0
     """Time in training steps, over all attempts."""
     skipped_steps: int = 0
-    """Steps whose gradient was not finite and was not applied."""
+    """Steps that were not applied."""
     skipped_in_a_row: int = 0
+    norms: list[float] = field(default_factory=list)
+    """Gradient norms of the last steps that were applied, against which a spike is told."""
     best: dict[str, float] | None = None
     """`step` and `loss` (nats a token) of the best evaluation on the development split."""
     evaluations_without_gain: int = 0

@@ -5,7 +5,8 @@ when what is sharded has to be put together for saving.
     engine = engine_for(accelerator, model, optimizer, dtype, max_grad_norm=1.0)
     with engine.accumulate(last=...):             # gradients are exchanged once a step
         engine.backward(loss_sum, num_tokens)     # loss of the step = sum over all ranks / supervised tokens of the step
-    grad_norm, applied = engine.step(loss)
+    grad_norm = engine.grad_norm()                # of the whole gradient; a caller who does not like it leaves the step out
+    engine.step(apply=math.isfinite(grad_norm))
     engine.full_parameters(), engine.optimizer_state()    # whole tensors by name, whatever the sharding
 
 To add an engine: a subclass of `Engine` below with what it does otherwise, an entry in `engine_for`, a file in accelerate_configs/.
@@ -37,8 +38,6 @@ from qlora_suite.model import compute_dtype
 from qlora_suite.ranks import gathered, together
 from qlora_suite.sharding import whole
 
-SCALE_SEARCH_STEPS = 16
-"""The scale starts at 65,536 = 2^16 and halves at each overflow."""
 TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Where a tracker's package is not called as the tracker."""
 TRUE = ("true", "1", "yes")
@@ -262,30 +261,24 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def step(self, loss: float) -> tuple[float, bool]:
-        """Clip, and apply unless the step's loss or a gradient is not finite (a loss of infinity can have finite gradients).
-
-        Returns the norm before clipping and whether it was applied.
-        """
+    def grad_norm(self) -> float:
+        """Norm of the step's gradient over all ranks, before clipping, with the loss scale undone. Once a step, before `step`."""
         self.scaler.unscale_(self.optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)).item()
-        applied = math.isfinite(norm) and math.isfinite(loss)
-        if applied:
+        self._norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        return whole(self._norm).item()
+
+    def step(self, apply: bool) -> None:
+        """Clip the gradient and apply it, or leave it out; it is gone in any case. All ranks must come to the same `apply`."""
+        if apply:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, self._norm)
             self.optimizer.step()
         if self.scaler.is_enabled():
             self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, applied
+        self.drop_gradients()
 
-    def check_nonfinite(self, in_a_row: int, limit: int, step_rows: Sequence[int]) -> None:
-        """Raises ValueError after `limit` steps in a row that could not be applied. fp16 gets a few more, to find its scale."""
-        if self.dtype == torch.float16 and self.loss_scale() >= 1:
-            limit += SCALE_SEARCH_STEPS
-        if in_a_row >= limit:
-            raise ValueError(
-                f"the loss or the gradient was not finite in {in_a_row} steps in a row, last with rows {list(step_rows)}; none of them was "
-                "applied and the last checkpoint is good: lower optim.learning_rate, or look at these rows (metrics.jsonl names them all)"
-            )
+    def drop_gradients(self) -> None:
+        """Forget what `backward` has added up."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def loss_scale(self) -> float:
         """What fp16 losses are multiplied by; 1 in other precisions."""
@@ -298,7 +291,24 @@ class Engine:
 
         All ranks must call it; the main process alone gets them, so that a machine holds them once.
         """
-        return self._collected({name: lambda p=p: whole(p.detach()) for name, p in self.parameters.items()})
+        return self._collected({name: lambda p=p: self._whole_weight(p) for name, p in self.parameters.items()})
+
+    def extremes(self) -> dict[str, dict[str, float]]:
+        """Of each trained tensor and its gradient: the largest magnitude among the finite values, and how many are not finite.
+
+        Before `step`. All ranks must call it, and all get it.
+        """
+        found = {}
+        for name, p in self.parameters.items():
+            gradient = self._whole_gradient(p)
+            found[name] = extremes_of("weight", self._whole_weight(p)) | (extremes_of("gradient", gradient) if gradient is not None else {})
+        return found
+
+    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
+        return whole(parameter.detach())
+
+    def _whole_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        return None if parameter.grad is None else whole(parameter.grad)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors (whole, on the CPU) and plain numbers, as `name:key`; the same under every engine.
@@ -402,11 +412,21 @@ class Zero(Engine):
     def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
         self.model.backward(loss_sum * (self.accelerator.num_processes / num_tokens))
 
-    def step(self, loss: float) -> tuple[float, bool]:
-        if not math.isfinite(loss):
+    def grad_norm(self) -> float:
+        """DeepSpeed tells it when the step is done, which is too late to leave it out."""
+        parts = [g for gradients in self.optimizer.averaged_gradients.values() for g in gradients or ()]  # this rank's
+        squares = sum((torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in parts), torch.zeros((), dtype=torch.float64))
+        self._norm = math.sqrt(self.sum_over_ranks(float(squares))[0]) / self.loss_scale()
+        return self._norm
+
+    def step(self, apply: bool) -> None:
+        scaler = dict(vars(self.optimizer.loss_scaler))
+        if not apply:
             self._poison()
         self.model.step()
-        return float(self.model.get_global_grad_norm()), self.model.was_step_applied()
+        assert self.model.was_step_applied() == apply, "DeepSpeed did not agree"
+        if not apply and math.isfinite(self._norm):
+            vars(self.optimizer.loss_scaler).update(scaler)  # it was no overflow of fp16
 
     def _poison(self) -> None:
         """Make DeepSpeed skip the step, and clear everything it keeps for it, in its own way."""
@@ -414,10 +434,16 @@ class Zero(Engine):
             for gradient in gradients or ():
                 gradient.fill_(math.nan)
 
-    def full_parameters(self) -> dict[str, Tensor]:
+    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return self._collected({name: lambda p=p: safe_get_full_fp32_param(p).reshape(shape_of(p)) for name, p in self.parameters.items()})
+        return safe_get_full_fp32_param(parameter).reshape(shape_of(parameter))
+
+    def _whole_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient = safe_get_full_grad(parameter)
+        return None if gradient is None else gradient.reshape(shape_of(parameter)) / self.loss_scale()
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -497,6 +523,12 @@ def engine_for(
     """The engine that the accelerate config asked for, around a model whose weights are loaded and an optimiser that is new."""
     kinds = {DistributedType.DEEPSPEED: Zero, DistributedType.FSDP: FSDP2}
     return kinds.get(accelerator.distributed_type, Engine)(accelerator, model, optimizer, dtype, max_grad_norm)
+
+
+def extremes_of(name: str, values: Tensor) -> dict[str, float]:
+    """{"largest NAME": the largest magnitude of the finite values, "NAME not finite": how many are not}"""
+    finite = values.isfinite()
+    return {f"largest {name}": values.where(finite, 0).abs().max().item(), f"{name} not finite": int((~finite).sum())}
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:

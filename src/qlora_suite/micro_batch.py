@@ -1,20 +1,31 @@
-"""How many rows fit into one forward and backward pass, and whether activations must be recomputed for it: found by trial.
+"""How many rows fit into one forward and backward pass, and whether activations must be recomputed for it: found by trial, and made
+smaller where a step runs out of memory all the same.
 
 Neither changes the loss or the gradient of a step, so one recipe serves a T4 and eight A100s.
+
+A step that runs out of memory is done again with micro-batches half as large: the same rows, the same tokens, the same gradient. In one
+process that is done on the spot. Of several one would leave the others waiting within an exchange of gradients or weights: there
+the run ends with the finding written down (NOTE), and the same command goes on from the last checkpoint with half as much.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from qlora_suite.batches import Limit
+from qlora_suite.batches import EMPTY, Limit
+from qlora_suite.files import read_json, write_json
 from qlora_suite.recipe import Train
 
 CPU_TOKENS = 1024
 """On a CPU memory is rarely the limit and larger batches only spill the caches."""
 HEADROOM = 0.92
 """Share of a card's memory that a trial may use: fragmentation comes on top."""
+NOTE = "out_of_memory.json"
+"""In the run's folder: what a step has shown to be too much."""
 
 
 def candidates(rows_per_rank: int) -> list[int]:
@@ -63,13 +74,56 @@ def _fits(trial: Callable[[], None], device: torch.device, reserved: int) -> boo
     torch.cuda.reset_peak_memory_stats(device)
     try:
         trial()
-    except torch.OutOfMemoryError:
-        return False
     except RuntimeError as error:
-        if "ALLOC_FAILED" not in str(error):  # cuBLAS and cuDNN have words of their own for it
+        if not is_out_of_memory(error):
             raise
         return False
     return torch.cuda.max_memory_reserved(device) + reserved <= HEADROOM * torch.cuda.get_device_properties(device).total_memory
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own error, or cuBLAS's, cuDNN's and the CPU allocator's words for it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ("ALLOC_FAILED", "DefaultCPUAllocator"))
+
+
+def smaller(limit: Limit, checkpointing: bool, train: Train, micro: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[Limit, bool]:
+    """What to try after `micro`, cut by `limit`, ran out of memory: half of it; with activations recomputed, if a row went alone.
+
+    Raises ValueError if nothing is left to try.
+    """
+    most = max(len(piece) for piece in micro)
+    if most > 1:
+        places = max(len(piece) * max(1 if row == EMPTY else int(lengths[row]) for row in piece) for piece in micro)
+        return Limit(max(1, most // 2), max(1, min(limit.tokens, places) // 2)), checkpointing
+    if not checkpointing and train.gradient_checkpointing == "auto":
+        return limit, True
+    raise ValueError(
+        f"a single row of up to {int(max(lengths)):,} tokens ran out of memory in a step; does another program use this device? Else lower "
+        "data.max_length or adapter.rank, use quantization: nf4, or set train.gradient_checkpointing: true"
+    )
+
+
+def write_note(
+    folder: Path, limit: Limit, checkpointing: bool, hardware: dict[str, Any], processes: int, ended_attempt: int | None
+) -> None:
+    """What a step has shown to fit at most, for the next start on the same hardware; `ended_attempt`: the one that it has ended."""
+    found = {"limit": asdict(limit), "checkpointing": checkpointing, "hardware": hardware, "processes": processes}
+    found["ended_attempt"] = ended_attempt
+    write_json(folder / NOTE, found)
+
+
+def within_note(folder: Path, limit: Limit, checkpointing: bool, hardware: dict[str, Any], processes: int) -> tuple[Limit, bool]:
+    """The limit, or what an earlier start on the same hardware has left of it. Raises ValueError if the note is damaged."""
+    if not (folder / NOTE).is_file():
+        return limit, checkpointing
+    note = read_json(folder / NOTE)
+    try:
+        known = Limit(rows=int(note["limit"]["rows"]), tokens=int(note["limit"]["tokens"]))
+        if (note["hardware"], note["processes"]) != (hardware, processes):
+            return limit, checkpointing
+        return Limit(min(limit.rows, known.rows), min(limit.tokens, known.tokens)), checkpointing or bool(note["checkpointing"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder / NOTE} is not what a run writes there; remove it") from None
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:

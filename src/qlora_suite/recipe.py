@@ -267,6 +267,10 @@ class Optim(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    spike_ratio: Annotated[float, Field(gt=1)] = 10.0
+    """A gradient norm above so many times the median of the last 200 is a spike: noted, with a black box."""
+    on_spike: Literal["clip", "skip"] = "clip"
+    """What becomes of such a step: clipped to max_grad_norm, like every other, or not applied."""
 
     @model_validator(mode="after")
     def _check(self) -> "Optim":
@@ -285,8 +289,8 @@ class Train(Section):
     """Rows in one forward pass on one process; `auto` finds what fits."""
     gradient_checkpointing: bool | Literal["auto"] = free("auto")
     """Recompute activations in the backward pass; `auto` only if nothing fits otherwise."""
-    max_nonfinite_steps: Positive = free(5)
-    """End the run after this many steps in a row with a non-finite loss or gradient (none is ever applied)."""
+    max_skipped_steps: Positive = free(5)
+    """End the run after this many steps in a row that were not applied: a loss or gradient was not finite, or `optim.on_spike: skip`."""
 
 
 class Stop(Section):

@@ -6,11 +6,13 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_suite import adapter, checkpoint, generation
+from qlora_suite import adapter, black_box, checkpoint, compatibility, generation, micro_batch
 from qlora_suite.batches import Limit, Order
 from qlora_suite.checkpoint import State, Trained
 from qlora_suite.dataset import data_hash
@@ -221,8 +223,63 @@ class Run:
 
     def add_event(self, step: int, event: str, **details: Any) -> None:
         """Note in metrics.jsonl what went wrong without ending the run; `event` is a few words, the same for all of its kind."""
+        assert not details.keys() & {"loss", "dev_loss"}, "by which the lines of steps and evaluations are told"
         if self.main:
             self.metrics.add({"step": step, "attempt": self.status.attempt, "event": event, **details})
+
+    def add_anomaly(self, state: State, found: str, box: Mapping[str, Any], loss: float, grad_norm: float, applied: bool) -> None:
+        """Say and note a step that went wrong, and keep its black box."""
+        if not self.main:
+            return
+        step, usual = state.step + 1, statistics.median(state.norms) if state.norms else None
+        seen = {"grad_norm": grad_norm, "median_grad_norm": usual, "applied": applied}
+        where = black_box.write(self.path, step, {"event": found, "loss": loss, **seen, **box}, self.metrics.records)
+        beside = f", the median of the last steps is {usual:.3g}" if usual is not None else ""
+        done = "clipped" if applied else "not applied"
+        say(f"step {step}: {found}: loss {loss:.3f}, gradient norm {grad_norm:.3g}{beside}; {done}{where}")
+        self.add_event(step, found, **seen)
+
+    def within_memory(self, limit: Limit, checkpointing: bool) -> tuple[Limit, bool]:
+        """The limit, or less if an earlier start on this hardware ran out of memory; the same for all ranks."""
+        with together(self.accelerator):
+            found = micro_batch.within_note(
+                self.path, limit, checkpointing, hardware(self.accelerator.device), self.accelerator.num_processes
+            )
+        return gathered(self.accelerator, found)[0]
+
+    def with_less_memory(
+        self, state: State, engine: Engine, limit: Limit, checkpointing: bool, micro: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> tuple[Limit, bool]:
+        """What to do a step again with that ran out of memory in one of these micro-batches; written down for later starts.
+
+        Raises ValueError if nothing is left to try, or if others are waiting in the middle of the step: then the next start does it.
+        """
+        less, checkpointing = micro_batch.smaller(limit, checkpointing, self.recipe.train, micro, lengths)
+        on_the_spot, step = engine.name == compatibility.ONE, state.step + 1
+        micro_batch.write_note(
+            self.path,
+            less,
+            checkpointing,
+            hardware(self.accelerator.device),
+            self.accelerator.num_processes,
+            None if on_the_spot else self.status.attempt,
+        )
+        now = f"at most {less.rows} rows or {less.tokens:,} tokens at once" + (", activations recomputed" if checkpointing else "")
+        if not on_the_spot:
+            raise ValueError(
+                f"rank {self.accelerator.process_index} ran out of memory in step {step}; the same command goes on from the last "
+                f"checkpoint, with {now}"
+            )
+        engine.drop_gradients()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        noise = (
+            "; not exact from here on, for adapter.dropout or neftune_noise_alpha draws by micro-batch" if self.recipe.draws_noise else ""
+        )
+        say(f"step {step}: out of memory; done again, and from now on, with {now}{noise}")
+        self.add_event(step, "out of memory", rows=less.rows, tokens_at_once=less.tokens, checkpointing=checkpointing)
+        state.micro_batch = {**asdict(less), "checkpointing": checkpointing}
+        return less, checkpointing
 
     def add_preview(self, step: int, answers: Sequence[generation.Answer] | None) -> None:
         """Note the answers of a step; None stands for answers that were cut short."""

@@ -1,0 +1,181 @@
+"""Fault 25: a step that runs out of memory is done again in smaller micro-batches: the same rows, the same tokens, the same curve."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import poison
+import pytest
+import torch
+from conftest import ROOT, write_recipe
+from in_process import lines, metrics, prepared
+from processes import Started, run
+from safetensors.torch import load_file
+
+from qlora_suite import checkpoint
+from qlora_suite.batches import EMPTY, Limit
+from qlora_suite.dataset import Rows
+from qlora_suite.launched_runs import apart
+from qlora_suite.micro_batch import NOTE, is_out_of_memory, smaller, within_note
+from qlora_suite.recipe import Train
+
+TOLERANCE = 1e-5
+"""Of losses, relative: another micro-batch sums in another order."""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, oasst_file: Path) -> Path:
+    overrides = ("train={rows_per_step: 8, max_steps: 5}", "checkpoints={every_steps: 1, keep: 9}")
+    return prepared(write_recipe(tmp_path_factory.mktemp("memory"), tiny_base, oasst_file, *overrides))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> Path:
+    """The run on a machine with memory enough."""
+    done = run("train.py", recipe, f"output.dir={recipe.parent}/whole", log=recipe.parent / "log")
+    assert done.wait() == 0
+    return recipe.parent / "whole"
+
+
+def trained(recipe: Path, folder: Path, *overrides: str, prelude: tuple | None = None) -> Started:
+    return run("train.py", recipe, f"output.dir={folder / 'run'}", *overrides, log=folder / "log", prelude=prelude)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in lines(folder / "run" / "metrics.jsonl") if "event" in record]
+
+
+def check_equal(run_folder: Path, whole: Path) -> None:
+    ours, its = metrics(run_folder), metrics(whole)
+    assert apart(ours, its, "loss") < TOLERANCE
+    assert apart(ours, its, "grad_norm") < TOLERANCE
+    for key in ("supervised_tokens", "tokens", "learning_rate", "applied"):
+        assert [r[key] for r in ours] == [r[key] for r in its], key
+    a, b = (load_file(folder / "final" / checkpoint.ADAPTER) for folder in (run_folder, whole))
+    assert all(torch.allclose(tensor, b[name], atol=1e-5) for name, tensor in a.items())
+
+
+def test_a_step_out_of_memory_is_done_again_with_the_same_tokens(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """Halved until it fits, from step 3 on; nothing of the half-made gradient is left; the next start knows it already."""
+    fault = (poison.memory, 300, 3)
+    done = trained(recipe, tmp_path, "stop.after_minutes=null", prelude=fault)
+    assert done.wait() == 0, done.output
+    check_equal(tmp_path / "run", whole)
+    found = events(tmp_path)
+    assert {(e["step"], e["event"]) for e in found} == {(3, "out of memory")}
+    halved = [e["tokens_at_once"] for e in found]
+    assert halved == sorted(halved, reverse=True)
+    assert halved[-1] <= 300
+    assert done.output.count("out of memory; done again") == len(found)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000005" / "state.json").read_text())
+    assert state["micro_batch"]["tokens"] == halved[-1]
+
+    (tmp_path / "run" / "status.json").unlink()  # another start of it
+    for name in ("final", "checkpoints/step-000005", "checkpoints/step-000004"):
+        shutil.rmtree(tmp_path / "run" / name)
+    again = trained(recipe, tmp_path, prelude=(poison.memory, 300, 1))
+    assert again.wait() == 0
+    assert len(events(tmp_path)) == len(found)
+    check_equal(tmp_path / "run", whole)
+
+
+def test_recomputing_comes_when_a_row_alone_is_too_much(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """And where nothing is left to try, a sentence says what to lower, and the run goes on elsewhere from its checkpoint."""
+    longest = max(Rows(recipe.parent / "prepared" / "train.arrow").lengths)
+    done = trained(recipe, tmp_path, prelude=(poison.memory, longest - 1, 2))
+    assert done.wait() == 2
+    assert events(tmp_path)[-1]["checkpointing"] is True
+    assert "error: a single row of up to" in done.output
+    assert "adapter.rank" in done.output
+    assert "Traceback" not in done.output
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / NOTE).unlink()  # a larger card
+    assert trained(recipe, tmp_path).wait() == 0
+    check_equal(tmp_path / "run", whole)
+
+
+def test_of_two_processes_the_run_ends_and_goes_on_with_half(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """One rank is short of memory in the middle of an exchange: nobody waits for it, and a queue is told to start the run again."""
+    run_folder = tmp_path / "run"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"]
+    train = ["scripts/train.py", str(recipe), f"output.dir={run_folder}"]
+
+    def launched(places: int) -> subprocess.CompletedProcess[str]:
+        program = ["tests/on_cpu.py", "tests/faults/poisoned_program.py", "memory", f"{places},3,1", *train]
+        return subprocess.run(
+            [*launch, "--main_process_port", "0", *program],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    job = [sys.executable, "slurm/job.py"]
+    done = launched(300)
+    assert done.returncode != 0
+    assert "error: rank 1 ran out of memory in step 3; the same command goes on from the last checkpoint, with at most" in done.stderr
+    note = json.loads((run_folder / NOTE).read_text())
+    assert note["ended_attempt"] == 1
+    ended = subprocess.run([*job, "end", str(run_folder), "before"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert ended[0] == "stopped", "so that a queue starts it again"
+    assert "smaller micro-batches" in ended[1]
+    while launched(300).returncode != 0:  # once more for each halving
+        now = json.loads((run_folder / NOTE).read_text())
+        assert now["limit"]["tokens"] < note["limit"]["tokens"]
+        note = now
+    check_equal(run_folder, whole)
+
+
+# --- the arithmetic
+
+
+LENGTHS = [400, 300, 200, 100]
+AUTO, FIXED = Train(rows_per_step=4), Train(rows_per_step=4, micro_batch=2, gradient_checkpointing=False)
+
+
+@pytest.mark.parametrize(
+    ("limit", "micro", "expected"),
+    [
+        (Limit(4, 1600), [[0, 1, 2, 3]], (Limit(2, 800), False)),
+        (Limit(4, 99_999), [[0, 1, 2, 3]], (Limit(2, 800), False)),  # half of what was tried, not of what was allowed
+        (Limit(4, 1000), [[0, 1], [2, 3]], (Limit(1, 400), False)),
+        (Limit(3, 1000), [[1, 2, 3], [EMPTY]], (Limit(1, 450), False)),
+        (Limit(1, 400), [[0], [1], [EMPTY]], (Limit(1, 400), True)),
+    ],
+)
+def test_half_of_what_was_tried(limit: Limit, micro: list[list[int]], expected: tuple[Limit, bool]) -> None:
+    assert smaller(limit, False, AUTO, micro, LENGTHS) == expected
+
+
+@pytest.mark.parametrize(("checkpointing", "train"), [(True, AUTO), (False, FIXED)])
+def test_nothing_is_left_to_try(checkpointing: bool, train: Train) -> None:
+    with pytest.raises(ValueError, match="a single row of up to 400 tokens"):
+        smaller(Limit(1, 400), checkpointing, train, [[0]], LENGTHS)
+
+
+def test_a_note_of_other_hardware_does_not_count_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    card, limit = {"device": "T4"}, Limit(8, 4096)
+    assert within_note(tmp_path, limit, False, card, 1) == (limit, False)
+    note = {"limit": {"rows": 2, "tokens": 512}, "checkpointing": True, "hardware": card, "processes": 1, "ended_attempt": None}
+    (tmp_path / NOTE).write_text(json.dumps(note))
+    assert within_note(tmp_path, limit, False, card, 1) == (Limit(2, 512), True)
+    assert within_note(tmp_path, limit, False, {"device": "A100"}, 1) == (limit, False)
+    assert within_note(tmp_path, limit, False, card, 2) == (limit, False)
+    for damaged in ("{", "[]", "{}", '{"limit": {"rows": "many", "tokens": 1}}', "null"):
+        (tmp_path / NOTE).write_text(damaged)
+        with pytest.raises(ValueError, match="out_of_memory.json"):
+            within_note(tmp_path, limit, False, card, 1)
+
+
+def test_the_words_of_every_allocator_are_known() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
