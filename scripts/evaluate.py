@@ -52,6 +52,7 @@ from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, excerpts, release_memory, score_within_memory
 from qlora_suite.files import hash_of, read_json, sha256, write_json, write_text
 from qlora_suite.harness import Benchmarks, harness_scores
+from qlora_suite.incidents import incidents
 from qlora_suite.model import base_fingerprint, load_base, load_config, versions
 from qlora_suite.preparation import tokenizer_hash
 from qlora_suite.prequantized import record_of
@@ -123,6 +124,7 @@ def run(
     answers = side_by_side(subject, ours, everything, accelerator, dtype, num_answers, answer_tokens) if num_answers else None
     with together(accelerator):
         if accelerator.is_main_process:
+            journals = journals_of(subject)
             report = {
                 **compare(scores, {c.name: c.label for c in columns}, subject.format, recipe.evaluation.bootstrap_samples),
                 "left_out": left_out,
@@ -130,10 +132,11 @@ def run(
                 "chosen_by": subject.chosen_by,
                 "made_by": {**versions(), "precision": str(dtype).removeprefix("torch."), **hardware(accelerator.device)},
                 "weights": weight_hashes(subject.adapter),
+                "incidents": incidents(journals.get("metrics", [])),
                 "answers": answers,
                 "lm_eval": benchmarked(subject, benchmarks, accelerator.device, dtype) if benchmarks else None,
             }
-            write_and_show(report, report_page(report, subject, manifest, everything, journals_of(subject)), subject)
+            write_and_show(report, report_page(report, subject, manifest, everything, journals), subject)
 
 
 def write_and_show(report: dict[str, Any], page: str, subject: Subject) -> None:

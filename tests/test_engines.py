@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from qlora_suite import launched_runs
 from qlora_suite.checkpoint import ADAPTER
 from qlora_suite.compatibility import DDP, FSDP2, ONE, ZERO2, ZERO3
+from qlora_suite.files import read_json
 from qlora_suite.launched_runs import CONFIGS, EQUAL, FAILED, Case, apart, difference
 from qlora_suite.tracking import read_journal
 
@@ -58,6 +59,13 @@ DROPOUT = Case("dropout", ("train.micro_batch=2", "adapter.dropout=0.1"))
 DROPOUT_RESUMED = Case("dropout resumed", ("train.micro_batch=2", "adapter.dropout=0.1"), killed_after=7)
 POISONED = Case("poisoned", ("train.micro_batch=4",), poisoned_at=3)
 POISONED_FP16 = Case("poisoned fp16", ("train.micro_batch=4",), precision="fp16", poisoned_at=3)
+SPIKE = 22
+SPIKED = Case(
+    "spiked",
+    ("train={rows_per_step: 8, micro_batch: 4, epochs: 3, max_steps: 24}", "optim.on_spike=skip", *SHORT[1:]),
+    poisoned_at=SPIKE,
+    poison=1000.0,
+)
 CLIPPED = Case("clipped", ("train.micro_batch=4", "optim.max_grad_norm=0.01"))
 EVERY_WEIGHT = Case("every weight", ("adapter=none", "model.quantization=none", *SHORT))
 HEAD_ROWS = Case("head rows", ("chat.loss_on=all", *SHORT))
@@ -108,6 +116,7 @@ def outcomes(recipe: Path, folder: Path) -> Outcomes:
         DROPOUT_RESUMED,
         POISONED,
         POISONED_FP16,
+        SPIKED,
     ]
     cases += [CLIPPED, EVERY_WEIGHT, head_rows, EIGHT_BIT, PAGED, INT8, DORA, DORA_RESUMED, TOO_FEW]
     cells = [Case(c.name, (*c.overrides, *SHORT), c.precision, folder=f"{c.name}") for c in (cell.case(folder) for cell in PAIRS)]
@@ -202,6 +211,28 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(run: Found, eng
         assert records[2]["loss"] is None
         assert all(math.isfinite(r["loss"]) for r in records if r["step"] != 3)
     assert apart(metrics(run("one", POISONED))[3:], metrics(run(engine, POISONED))[3:], "loss") < 1e-5
+
+
+@every
+def test_a_spike_is_left_out_on_every_rank_and_its_black_box_is_whole(run: Found, engine: str) -> None:
+    """Fault 14. Before the engine applies it, whatever that engine does by itself; and what is seen does not depend on the sharding."""
+    records = metrics(run(engine, SPIKED))
+    assert [r["step"] for r in records if not r["applied"]] == [SPIKE]
+    if engine != "one":  # there the last rank is another
+        assert apart(metrics(run("ddp", SPIKED)), records, "loss") < 1e-5
+        assert apart(metrics(run("ddp", SPIKED)), records, "grad_norm") < 1e-4
+    boxes = [read_json(run(e, SPIKED) / "black_box" / f"step-{SPIKE:06d}.json") for e in ("one" if engine == "one" else "ddp", engine)]
+    known, found = boxes
+    assert {m["rank"] for m in found["micro_batches"]} == set(range(1 if engine == "one" else 2))
+    assert sorted(row["row"] for m in found["micro_batches"] for row in m["rows"]) == sorted(records[SPIKE - 1]["rows"])
+    assert found["tensors"].keys() == known["tensors"].keys()
+    for name, tensor in found["tensors"].items():
+        assert tensor == pytest.approx(known["tensors"][name], rel=1e-3), name
+    for ours, its in zip(found["layers"], known["layers"], strict=True):
+        assert ours["outputs"].keys() == its["outputs"].keys()
+        assert len(ours["outputs"]) == 2
+        for name, layer in ours["outputs"].items():
+            assert layer == pytest.approx(its["outputs"][name], rel=1e-3), name
 
 
 @several

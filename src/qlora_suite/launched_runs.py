@@ -55,7 +55,8 @@ class Case:
     stopped_after: int | None = None
     """Is asked to stop after this step: somebody else goes on."""
     poisoned_at: int | None = None
-    """In this step the last rank's loss is not a number."""
+    """In this step the last rank's losses are multiplied by `poison`."""
+    poison: float = math.nan
     tried: bool = False
     """Micro-batches are tried out before, as on a GPU."""
     folder: str | None = None
@@ -188,7 +189,7 @@ def run_case(case: Case, recipe: str, overrides: Sequence[str], folder: Path) ->
             if case.stopped_after is not None:
                 during.enter_context(after_step(case.stopped_after, (place / REQUEST).touch))
             if case.poisoned_at is not None:
-                during.enter_context(poisoned(train, case.poisoned_at))
+                during.enter_context(poisoned(train, case.poisoned_at, case.poison))
             if case.tried:
                 during.enter_context(trying(train))
             with fresh_accelerator():
@@ -236,8 +237,8 @@ def after_step(step: int, act: Callable[[], Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def poisoned(train: ModuleType, step: int) -> Iterator[None]:
-    """Make the last rank's losses of one step not a number: its seed is set just before."""
+def poisoned(train: ModuleType, step: int, factor: float) -> Iterator[None]:
+    """Multiply the last rank's losses of one step, and so their gradients: its seed is set just before."""
     known_loss, known_seed, now = train.summed_loss, train.seed_for, [-1]
 
     def seed_for(seed: int, *position: int) -> None:
@@ -246,7 +247,7 @@ def poisoned(train: ModuleType, step: int) -> Iterator[None]:
 
     def summed_loss(*args: Any) -> torch.Tensor:
         last = rank() == int(os.environ.get("WORLD_SIZE", "1")) - 1
-        return known_loss(*args) * (math.nan if last and now[0] == step else 1)
+        return known_loss(*args) * (factor if last and now[0] == step else 1)
 
     train.summed_loss, train.seed_for = summed_loss, seed_for
     try:

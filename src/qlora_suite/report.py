@@ -110,6 +110,10 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["| words, median | " + " | ".join(f"{column['median_words']:.0f}" for column in columns) + " |", ""]
         count, longest = len(report["answers"]["prompts"]), report["answers"]["max_new_tokens"]
         lines += [f"{count} greedy answers of up to {longest} tokens; report.html has them side by side.", ""]
+    if report.get("incidents"):
+        lines += ["## What went wrong in training and did not end it", "", "| what | times | when | the last one |", "|---|---:|---|---|"]
+        lines += [f"| {one['what']} | {one['count']} | {one['steps']} | {one['last'].replace('|', ' ')} |" for one in report["incidents"]]
+        lines.append("")
     lines += ["## Made by", "", *(f"- {key}: {value}" for key, value in report["made_by"].items()), ""]
     return "\n".join(lines)
 

@@ -106,6 +106,7 @@ def report_page(
         formats=_formats(report),
         tiles=_tiles(report),
         curves=curves(journals.get("metrics", []), journals.get("previews", [])),
+        incidents=report.get("incidents") or [],
         differences=differences(report, conversations),
         previews=_timeline(journals.get("previews", [])),
         answers=answers(report),
@@ -178,11 +179,11 @@ def curves(metrics: Sequence[Mapping[str, Any]], previews: Sequence[Mapping[str,
     steps = [r for r in metrics if "loss" in r]
     found: list[dict[str, Any]] = []
 
-    def add(title: str, series: Sequence[Series], keys: Sequence[tuple[str, str]] = (), note: str = "", **style: Any) -> None:
+    def add(title: str, series: Sequence[Series], keys: Sequence[tuple[str, str]] = (), **style: Any) -> None:
         series = [one for one in series if any(value is not None for value in one.y)]
         if series:
             svg = charts.lines(series, title, **style)
-            found.append({"title": title, "svg": svg, "legend": charts.legend(*keys) if len(series) > 1 else "", "note": note})
+            found.append({"title": title, "svg": svg, "legend": charts.legend(*keys) if len(series) > 1 else ""})
 
     def of(key: str, colour: str = "adapter", **style: Any) -> Series:
         rows = [r for r in steps if key in r]
@@ -191,9 +192,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], previews: Sequence[Mapping[str,
     dev = [r for r in metrics if "dev_loss" in r]
     of_dev = Series("dev_loss", [r["step"] for r in dev], [r["dev_loss"] for r in dev], "adapter", points=True)
     loss = of("loss", "base", faint=True) if dev else of("loss")
-    skipped = sum(r.get("applied") is False for r in steps)
-    note = f"{skipped:,} steps not applied, for they were not finite" if skipped else ""
-    add("Loss, nats per token", [loss, of_dev], [("base", "training"), ("adapter", "development")], note)
+    add("Loss, nats per token", [loss, of_dev], [("base", "training"), ("adapter", "development")])
     add("Learning rate", [of("learning_rate")], from_zero=True)
     add("Gradient norm, before clipping", [of("grad_norm")], from_zero=True)
     add("Tokens per second", [of("tokens_per_second")], from_zero=True)

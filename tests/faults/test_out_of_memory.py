@@ -168,7 +168,7 @@ def test_a_note_of_other_hardware_does_not_count_and_a_damaged_one_is_named(tmp_
     assert within_note(tmp_path, limit, False, card, 2) == (limit, False)
     for damaged in ("{", "[]", "{}", '{"limit": {"rows": "many", "tokens": 1}}', "null"):
         (tmp_path / NOTE).write_text(damaged)
-        with pytest.raises(ValueError, match="out_of_memory.json"):
+        with pytest.raises(ValueError, match=NOTE):
             within_note(tmp_path, limit, False, card, 1)
 
 

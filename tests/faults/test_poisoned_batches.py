@@ -190,6 +190,14 @@ def test_spikes_that_do_not_end_are_no_spikes(recipe: Path, tmp_path: Path) -> N
     assert len(metrics(tmp_path / "run")) == SPIKE + 3
 
 
+def test_the_report_shows_what_went_wrong(recipe: Path, tmp_path: Path) -> None:
+    """In the Markdown and on the page."""
+    assert trained(recipe, tmp_path, prelude=(poison.losses, {3: math.nan})).wait() == 0
+    assert run("evaluate.py", tmp_path / "run", "--answers", "0", log=tmp_path / "log").wait() == 0
+    assert "| not finite, not applied | 1 | step 3 |" in (tmp_path / "run" / "report.md").read_text()
+    assert "<td>not finite, not applied</td>" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_run_in_which_everything_goes_wrong_does_not_fill_the_disk(recipe: Path, tmp_path: Path) -> None:
     """A bounded number of black boxes; every event is noted."""
     steps = dict.fromkeys(range(1, 40), math.nan)
