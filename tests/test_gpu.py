@@ -20,7 +20,9 @@ from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 from qlora_suite.checkpoint import ADAPTER
 from qlora_suite.files import read_json, write_json
+from qlora_suite.launched_runs import after_step
 from qlora_suite.model import BF16_CAPABILITY, versions
+from qlora_suite.tracking import read_journal
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,6 +79,29 @@ def test_the_memory_trial_ends_in_a_micro_batch_and_does_not_touch_the_curve(rec
     assert facts(auto)["micro_batch"]["rows"] >= 1
     for a, b in zip(metrics(auto), metrics(one), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)  # 16-bit sums in another order
+
+
+def test_a_step_out_of_memory_is_done_again_with_the_same_tokens(recipe: Path, tmp_path: Path) -> None:
+    """Fault 25, with the card's own error: after the second step this process may take 60 MiB more than it holds."""
+    settings = ("train={rows_per_step: 64, micro_batch: 64, max_steps: 5, epochs: 9}", "previews.prompts=[]")
+    whole = train(recipe, *settings, f"output.dir={tmp_path / 'whole'}")
+
+    def squeeze() -> None:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 60 * 2**20) / total)
+
+    try:
+        with after_step(2, squeeze):
+            run = train(recipe, *settings)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    events = [r for r in read_journal(run / "metrics.jsonl") if r.get("event") == "out of memory"]
+    assert events
+    assert events[0]["step"] == 3
+    assert column(metrics(run), "supervised_tokens") == column(metrics(whole), "supervised_tokens")
+    for a, b in zip(metrics(run), metrics(whole), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
