@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from qlora_suite import compatibility
 from qlora_suite import optimizer as optimizers
+from qlora_suite.extension_builds import release_dead_builds
 from qlora_suite.model import compute_dtype
 from qlora_suite.ranks import gathered, together
 from qlora_suite.sharding import whole
@@ -166,6 +167,7 @@ def _configure_deepspeed(accelerator: Accelerator) -> None:
 
     # transformers would shard the base while loading it, before it is quantised, and PEFT would take the GPU's functions for granted
     unset_hf_deepspeed_config()
+    release_dead_builds()
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     zero = config["zero_optimization"]
     if zero["stage"] not in (2, 3):
