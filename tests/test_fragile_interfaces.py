@@ -95,6 +95,17 @@ def test_what_a_model_wants_in_fp32_is_loaded_counted_and_merged_so(
     assert {name for name, weight in weights.items() if weight.dtype == torch.float32} == {name for name in kinds if ".fc2." in name}
 
 
+def test_the_scales_of_8_bit_weights_are_found_before_and_after_a_forward_pass(tmp_path: Path, tiny_base: Path) -> None:
+    """bitsandbytes moves them from the weight (`SCB`) into the layer's `state` when it computes for the first time."""
+    recipe = load(write_recipe(tmp_path, tiny_base, Path("unused.jsonl"), "model.quantization=int8"))
+    base = load_base(recipe.model, torch.float32, CPU)
+    net = add_adapter(base, Adapter(rank=2), (), False)
+    before, _ = merged(net, base, torch.float32)
+    net.eval()(input_ids=torch.arange(8)[None], use_cache=False)
+    after, _ = merged(net, base, torch.float32)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
 def test_a_base_of_the_hub_is_known_by_its_commit(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its config has it in `_commit_hash`; without it the fingerprint would be that of any commit."""
     into_cache(tmp_path, "someone/tiny", COMMIT, tiny_base)
