@@ -16,12 +16,13 @@ from published import COMMIT, into_cache
 from transformers import PhiForCausalLM
 
 from qlora_suite import module_table
+from qlora_suite import optimizer as optimizers
 from qlora_suite.adapter import add_adapter
 from qlora_suite.engine import _check_environment
 from qlora_suite.merging import merged
 from qlora_suite.model import _times_memory_was_short, base_fingerprint, load_base
 from qlora_suite.preemption import StopRequest
-from qlora_suite.recipe import Adapter, Model
+from qlora_suite.recipe import Adapter, Model, Optim
 from qlora_suite.recipe_file import load
 
 CPU = torch.device("cpu")
@@ -104,6 +105,22 @@ def test_the_scales_of_8_bit_weights_are_found_before_and_after_a_forward_pass(t
     net.eval()(input_ids=torch.arange(8)[None], use_cache=False)
     after, _ = merged(net, base, torch.float32)
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
+def test_the_moments_of_a_paged_optimiser_go_back_into_paged_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU there is no such memory: seen is that bitsandbytes is asked for it, for both moments."""
+    layer = torch.nn.Linear(128, 64, bias=False)  # from 4,096 weights on the moments are paged, or in 8 bits
+    optimizer = optimizers.build(layer, Optim(name=name, learning_rate=1e-3))
+    layer(torch.ones(128)).sum().backward()
+    optimizer.step()
+    tensors, numbers = optimizers.state_tensors(optimizer, dict(layer.named_parameters()))
+    asked, known = [], optimizer.get_state_buffer
+    monkeypatch.setattr(optimizer, "get_state_buffer", lambda p, dtype: asked.append(dtype) or known(p, dtype=dtype))
+    optimizers.restore_state(optimizer, dict(layer.named_parameters()), tensors, numbers)
+    assert asked == [torch.uint8 if "8bit" in name else torch.float32] * 2
+    again, _ = optimizers.state_tensors(optimizer, dict(layer.named_parameters()))
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
 
 
 def test_a_base_of_the_hub_is_known_by_its_commit(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
