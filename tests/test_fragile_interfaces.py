@@ -13,7 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, write_recipe
 from published import COMMIT, into_cache
-from transformers import PhiForCausalLM
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, PhiForCausalLM
 
 from qlora_suite import module_table
 from qlora_suite import optimizer as optimizers
@@ -24,6 +26,7 @@ from qlora_suite.model import _times_memory_was_short, base_fingerprint, load_ba
 from qlora_suite.preemption import StopRequest
 from qlora_suite.recipe import Adapter, Model, Optim
 from qlora_suite.recipe_file import load
+from qlora_suite.run_folder import model_class
 
 CPU = torch.device("cpu")
 LAUNCHES = {
@@ -121,6 +124,18 @@ def test_the_moments_of_a_paged_optimiser_go_back_into_paged_memory(name: str, m
     assert asked == [torch.uint8 if "8bit" in name else torch.float32] * 2
     again, _ = optimizers.state_tensors(optimizer, dict(layer.named_parameters()))
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+
+
+def test_a_sharded_model_is_known_by_the_class_that_it_had(tiny_base: Path) -> None:
+    """FSDP2 puts a subclass of its own in its place, whose name must not go into config.json."""
+    net = AutoModelForCausalLM.from_pretrained(tiny_base)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+        assert type(net) is not PhiForCausalLM
+        assert model_class(net) is PhiForCausalLM
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_base_of_the_hub_is_known_by_its_commit(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
