@@ -29,9 +29,10 @@ from qlora_suite.assistant import Assistant, load
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.evaluation import release_memory
 from qlora_suite.files import file_table, folder_made_aside, read_json, sha256, write_json, write_text
+from qlora_suite.hub_folder import MERGED, MERGED_VERSION
 from qlora_suite.merge_quality import RULE, Rows, compare, measured_rows, recommended
 from qlora_suite.merging import merged, published_base, published_type, target_type, write_model
-from qlora_suite.model import base_fingerprint, load_base, load_config, logical_size, versions
+from qlora_suite.model import base_fingerprint, commit_of, load_base, load_config, logical_size, versions
 from qlora_suite.modelfile import modelfile, reads_safetensors, stop_texts
 from qlora_suite.recipe import Model
 from qlora_suite.run_folder import hardware
@@ -40,7 +41,6 @@ from qlora_suite.subject import subject_of, unquantised_base
 from qlora_suite.tracking import console, say
 
 WAYS = ("16bit", "dequantised")
-RECORD = "merge.json"
 
 
 def run(target: Path, output: Path | None, into: str | None, dtype: str | None, tokens: int, device: str) -> None:
@@ -73,7 +73,7 @@ def run(target: Path, output: Path | None, into: str | None, dtype: str | None, 
         for way in ways:
             shutil.rmtree(aside / way)
         write_text(aside / "Modelfile", modelfile(assistant.renderer, modelfile_source(assistant, target), assistant.window))
-        write_json(aside / RECORD, record(assistant, chosen, kept_as, measured, rows, left_out, aside))
+        write_json(aside / MERGED, record(assistant, chosen, kept_as, measured, rows, left_out, aside))
     show(measured, chosen, output)
     show_serving(assistant, target, output, kept_as)
 
@@ -136,7 +136,7 @@ def record(
     plain = unquantised_base(model)[0]
     final = subject.folder / "final"
     return {
-        "format_version": 1,
+        "format_version": MERGED_VERSION,
         "run": subject.folder.resolve().name,
         "step": read_json(final / "chosen.json")["step"],
         "chosen_by": subject.chosen_by,
@@ -153,14 +153,14 @@ def record(
         "computed_in": name_of(assistant.dtype),
         **hardware(assistant.device),
         "versions": versions(),
-        "files": file_table(folder, but=RECORD),
+        "files": file_table(folder, but=MERGED),
     }
 
 
 def revision_of(model: Model) -> str | None:
     """The commit of a hub id, even if the recipe named a branch or nothing."""
     try:
-        return getattr(load_config(model), "_commit_hash", None) or model.revision
+        return commit_of(model)
     except ValueError:
         return model.revision
 
@@ -184,7 +184,7 @@ def show(measured: dict[str, Any], chosen: str, output: Path) -> None:
         say(f"note       {note}")
     if len(measured) > 1:
         say(f"chosen     {chosen}: {RULE}")
-    say(f"wrote      {output}: a whole model, with its template, stop tokens, Modelfile and {RECORD}")
+    say(f"wrote      {output}: a whole model, with its template, stop tokens, Modelfile and {MERGED}")
 
 
 def show_serving(assistant: Assistant, target: Path, output: Path, dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.files import file_table, folder_made_aside, write_json
-from qlora_suite.model import base_fingerprint, load_base, load_config, load_tokenizer, versions
+from qlora_suite.model import base_fingerprint, commit_of, load_base, load_config, load_tokenizer, versions
 from qlora_suite.prequantized import FORMAT_VERSION, RECORD, quantization_of
 from qlora_suite.recipe import Model
 from qlora_suite.recipe_file import load
@@ -49,7 +49,7 @@ def run(model: Model, folder: Path, storage: str | None, precision: str | None) 
         "format_version": FORMAT_VERSION,
         "source": {
             "base": model.base,
-            "revision": getattr(config, "_commit_hash", None) or model.revision,
+            "revision": commit_of(model),
             "fingerprint": base_fingerprint(model),
         },
         "quantization": model.quantization,

@@ -305,6 +305,8 @@ def test_a_charts_words_are_words_and_its_ids_its_own() -> None:
     assert "<script>" not in one
     assert "$x_{1}$" in one
     assert "style=" not in one
+    assert ' font="' not in one, "the page's own font is kept"
+    assert ' font-size="' in one
     ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (one, other)]
     assert not ids[0] & ids[1]
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', one))

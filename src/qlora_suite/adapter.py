@@ -133,12 +133,11 @@ def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
     """A saved adapter (folder or hub id) on its base. Raises ValueError if it is not there, is not whole or does not fit."""
     folder = str(adapter_folder(adapter))
     place = f"the adapter {adapter} on {base.config.name_or_path}"
-    key_mapping = getattr(base, "_checkpoint_conversion_mapping", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of keys that are missing: that is an error below
         try:
             model = PeftModel.from_pretrained(base, folder)
-            tensors = load_peft_weights(folder, device="cpu", key_mapping=key_mapping)
+            tensors = load_peft_weights(folder, device="cpu")
         except KeyError as error:
             raise ValueError(f"cannot put {place}: its weights lack {error}") from error
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -17,8 +17,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from qlora_suite.comparison import REPORT_VERSION
 from qlora_suite.evaluation import bootstrapped
-from qlora_suite.files import hash_of, read_json
+from qlora_suite.files import check_version, hash_of, read_json
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import load
 from qlora_suite.run_folder import DATA
@@ -27,8 +28,6 @@ from qlora_suite.tracking import read_journal
 LN2 = math.log(2)
 PLACES = ("data.prepared", "output.dir", "output.mirror", "tracking.trackers", "tracking.project")
 """Keys that say where things stand: they always differ, and nothing follows from it."""
-OF_ONE = ("previews.prompts", "previews.every_steps", "previews.max_new_tokens")
-"""Keys of what is shown of a run while it learns."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ def read_run(folder: Path) -> EvaluatedRun:
     if not (folder / "report.json").is_file():
         raise ValueError(f"{folder} has no report.json; make it first: python scripts/evaluate.py {folder}")
     report = read_json(folder / "report.json")
+    check_version(folder / "report.json", report, REPORT_VERSION)
     if not report.get("adapter"):
         raise ValueError(f"{folder}/report.json has no score of the run's own result; make it again: python scripts/evaluate.py {folder}")
     recipe, run = load(folder / "recipe.yaml"), read_json(folder / "run.json")

@@ -9,6 +9,8 @@ from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, by_conversation, p
 from qlora_suite.metric import corpus_perplexity
 from qlora_suite.recipe import Recipe
 
+REPORT_VERSION = 1
+"""Of report.json."""
 Scores = dict[str, dict[str, list[AnswerScore]]]
 """By format and column."""
 
@@ -27,6 +29,7 @@ def compare(scores: Scores, labels: dict[str, str], trained: str, samples: int) 
         if ours:
             difference = paired_interval(theirs, ours, samples)
     return {
+        "format_version": REPORT_VERSION,
         "base": base,
         "adapter": {"format": trained, **formats[trained]["adapter"]} if ours else None,
         "difference": difference,

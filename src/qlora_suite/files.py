@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
+
+
+def check_version(path: Path, values: Mapping[str, Any], known: int) -> None:
+    """Raises ValueError for a file of a newer format than this version of the suite reads. One that names none has the first."""
+    if (found := values.get("format_version", 1)) > known:
+        raise ValueError(f"{path} was written by a newer version (format {found}, this one reads {known}); update qlora-suite")
 
 
 def file_table(folder: Path, but: str) -> dict[str, dict[str, Any]]:

@@ -21,13 +21,14 @@ from transformers import GenerationConfig
 
 from qlora_suite.base_origin import Origin, base_file
 from qlora_suite.checkpoint import ADAPTER, MANIFEST
-from qlora_suite.files import complaint_about, file_table, folder_aside, read_json, sha256, write_json, write_text
+from qlora_suite.comparison import REPORT_VERSION
+from qlora_suite.files import check_version, complaint_about, file_table, folder_aside, read_json, sha256, write_json, write_text
 from qlora_suite.leaks import complaint_about_leaks, machine_roots, without_paths
 from qlora_suite.subject import Subject, renderer_of
 
 Form = Literal["adapter", "merged", "model"]
 CARD, MARK = "README.md", "qlora-suite"
-MERGED = "merge.json"
+MERGED, MERGED_VERSION = "merge.json", 1
 """What scripts/merge.py says of a merged model."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt")
 TEMPLATE = "chat_template.jinja"
@@ -96,6 +97,7 @@ def check_merged(subject: Subject) -> None:
     if not (folder / MERGED).is_file():
         raise ValueError(f"there is no merged model in {folder}; make it: python scripts/merge.py {subject.folder}")
     record = read_json(folder / MERGED)
+    check_version(folder / MERGED, record, MERGED_VERSION)
     if complaint := complaint_about(folder, record["files"]):
         raise ValueError(f"{folder} is damaged ({complaint}); {again}")
     if record["adapter"][ADAPTER] != sha256(subject.folder / "final" / ADAPTER):
@@ -108,6 +110,7 @@ def report_of(subject: Subject) -> tuple[dict[str, Any] | None, str]:
     if not path.is_file():
         return None, f"not evaluated; the card says so. First: {command}"
     report = read_json(path)
+    check_version(path, report, REPORT_VERSION)
     if report.get("adapter") is None or report.get("chosen_by") != subject.chosen_by:
         return None, f"{path} is of another result, so the card says: not evaluated. Again: {command}"
     return report, ""

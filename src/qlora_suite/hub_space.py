@@ -59,7 +59,7 @@ def build_space(result: Result, model_folder: Path, folder: Path, hardware: str 
     try:
         app = (resources.files("qlora_suite") / "space" / "app.py").read_text(encoding="utf-8")
         write_text(aside / "app.py", app)
-        write_json(aside / "space.json", settings(result, model_folder, hardware, plan))
+        write_json(aside / "space.json", settings(result, hardware, plan))
         write_text(aside / "requirements.txt", requirements(hardware, plan))
         write_text(aside / CARD, space_readme(result, hardware, plan))
         metadata_save(aside / CARD, front_matter(result, plan))
@@ -72,7 +72,7 @@ def build_space(result: Result, model_folder: Path, folder: Path, hardware: str 
     return plan
 
 
-def settings(result: Result, model_folder: Path, hardware: str, plan: Plan) -> dict[str, Any]:
+def settings(result: Result, hardware: str, plan: Plan) -> dict[str, Any]:
     """space.json"""
     window = result.subject.recipe.data.max_length
     where = f"[{result.repo}](https://huggingface.co/{result.repo})"

@@ -201,7 +201,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._live.pop(key)[0]
 
 
-def measured(net: nn.Module, head: nn.Module, loss: Callable[[], Tensor], backward: bool = True) -> Step:
+def measured(net: nn.Module, head: nn.Module, loss: Callable[[], Tensor]) -> Step:
     """Run `loss` and its backward pass, and say what they needed beside weights and gradients, which must be there already."""
     marks: dict[str, int] = {}
 
@@ -220,14 +220,12 @@ def measured(net: nn.Module, head: nn.Module, loss: Callable[[], Tensor], backwa
     handle = head.register_forward_pre_hook(at_the_head, with_kwargs=True)
     try:
         with LiveBytes(known) as live:
-            loss_sum = loss()
-            if backward:
-                loss_sum.backward()
+            loss().backward()
     finally:
         handle.remove()
         torch.clear_autocast_cache()
     kept = marks["activations"]
-    return Step(kept, max(0, marks.get("loss", live.peak) - kept), max(0, live.peak - kept) if backward else 0)
+    return Step(kept, max(0, marks.get("loss", live.peak) - kept), max(0, live.peak - kept))
 
 
 def _tensors_of(state: Any) -> list[Tensor]:

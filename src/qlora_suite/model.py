@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash, get_checkpoint_shard_files
 
 from qlora_suite import prequantized
 from qlora_suite import recipe as recipes
@@ -148,6 +148,19 @@ def logical_size(parameter: nn.Parameter) -> int:
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 
 
+def commit_of(model: recipes.Model) -> str | None:
+    """The commit of the hub that a base's revision stands for, now and here; for a folder, the revision. Raises ValueError if there is
+    no such model.
+    """
+    if Path(model.base).is_dir():
+        return model.revision
+    try:
+        config = cached_file(model.base, CONFIG_NAME, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load(model, error)) from error
+    return extract_commit_hash(config, None) or model.revision  # the cache keeps each commit in a folder that is named for it
+
+
 def base_fingerprint(model: recipes.Model) -> str:
     """Names the base's weights: the commit of a hub id, or a hash over the files of a folder.
 
@@ -156,7 +169,7 @@ def base_fingerprint(model: recipes.Model) -> str:
     """
     folder = Path(model.base)
     if not folder.is_dir():
-        return f"{model.base}@{getattr(load_config(model), '_commit_hash', None) or model.revision}"
+        return f"{model.base}@{commit_of(model)}"
     if record := prequantized.record_of(model.base):
         prequantized.check_files(model.base, record)
         return record["source"]["fingerprint"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from qlora_suite.files import complaint_about, read_json
+from qlora_suite.files import check_version, complaint_about, read_json
 from qlora_suite.recipe import Model
 
 RECORD = "quantized_base.json"
@@ -71,9 +71,13 @@ def command_for(model: Model, storage: torch.dtype | None) -> str:
 
 
 def record_of(base: str) -> dict[str, Any] | None:
-    """What scripts/quantize_base.py noted in a folder, or None if it did not make it."""
+    """What scripts/quantize_base.py noted in a folder, or None if it did not make it. Raises ValueError for a newer format."""
     path = Path(base) / RECORD
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    check_version(path, record, FORMAT_VERSION)
+    return record
 
 
 def source_of(base: str) -> Model | None:
