@@ -185,7 +185,7 @@ def _sum_per_list(chunk: pa.ListArray) -> np.ndarray:
 
 
 def _complaint_about_rows(batch: pa.RecordBatch) -> str | None:
-    """What would end a run in its middle: a row from which nothing is learnt (its step's loss may be 0/0), or that does not fit together."""
+    """What would end a run in its middle: a row from which nothing is learnt (a step of it alone is 0/0), or that is not whole."""
     if any(column.null_count or column.flatten().null_count for column in batch.columns):
         return "a row has nulls"
     sizes = {name: pa.compute.list_value_length(batch[name]).to_numpy() for name in ROWS.names}

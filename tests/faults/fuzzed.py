@@ -1,6 +1,6 @@
 """Mutated files of every kind that the scripts read. As a program it goes on for as long as one likes, on one seed after another:
 
-    PYTHONPATH=src:tests:tests/faults python tests/faults/fuzzed.py 300 [KIND ...]
+PYTHONPATH=src:tests:tests/faults python tests/faults/fuzzed.py 300 [KIND ...]
 """
 
 import contextlib
@@ -35,11 +35,49 @@ SECONDS = 20
 MEMORY = 3 * 2**30
 """Of address space, beyond what the process has when it begins."""
 PIECES = (
-    *(b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r\n", b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\\ud800"),
+    *(
+        b'"',
+        b"\\",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b"\n",
+        b"\r\n",
+        b"\0",
+        b"\xff",
+        b"\xc3",
+        b"\xed\xa0\x80",
+        b"\xef\xbb\xbf",
+        b"\\ud800",
+    ),
     *(b"null", b"true", b"-", b"1e999", b"NaN", b"9" * 5000, b"\xe2\x80\xa8", b"\xf0\x9f\x98\x80", b"[" * 3000, b'{"a":' * 3000, b"&a *a"),
     *(b"!!python/object/apply:os.system ['true']", b"<|endoftext|>", b"../", b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\x7f"),
 )
-VALUES = (None, True, False, 0, 1, -1, 2**63, 10**400, 0.5, float("inf"), float("nan"), "", " ", "x", "\0", "a\u2028b", [], {}, [None], {"a": 1})
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2**63,
+    10**400,
+    0.5,
+    float("inf"),
+    float("nan"),
+    "",
+    " ",
+    "x",
+    "\0",
+    "a\u2028b",
+    [],
+    {},
+    [None],
+    {"a": 1},
+)
 
 
 def mutated_bytes(content: bytes, draw: random.Random) -> bytes:
@@ -121,7 +159,9 @@ PROMPT = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}
 
 def message(name: str, parent: str | None, **more: Any) -> dict[str, Any]:
     basic = {"message_id": name, "parent_id": parent, "message_tree_id": "P1", "role": "assistant" if name[0] == "A" else "prompter"}
-    return basic | {"text": f"text of {name}", "lang": "en", "rank": 0, "deleted": False, "review_result": True, "created_date": "2023"} | more
+    return (
+        basic | {"text": f"text of {name}", "lang": "en", "rank": 0, "deleted": False, "review_result": True, "created_date": "2023"} | more
+    )
 
 
 FLAT = [message("P1", None), message("A1", "P1"), message("P2", "A1"), message("A2", "P2", rank=None), message("A3", "P1", rank=1)]
