@@ -64,6 +64,8 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):  # splitlines() would also cut at U+2028 inside an answer
         try:
             record = json.loads(line.decode())
+            if b"\\u" in line:  # half of a surrogate pair could be written to no file again
+                json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
