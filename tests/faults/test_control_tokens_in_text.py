@@ -157,6 +157,8 @@ def rows(question: str, answer: str) -> list[dict[str, Any]]:
 
 
 SETTINGS = ("data.policy=null", "data.split=all", "data.dev_share=0.0", "data.packing=false", "train.max_steps=1", "train.rows_per_step=4")
+ROOMY = ("data.max_length=512",)
+"""So that no part of a conversation is left out."""
 
 
 def test_the_report_counts_them_and_rows_on_disk_hold_our_own_control_tokens_alone(make_recipe: MakeRecipe, tmp_path: Path) -> None:
