@@ -92,7 +92,7 @@ def test_every_format_is_tried_with_every_family_but_where_it_cannot_be() -> Non
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(asked_for=hostile, answered=hostile)
 def test_no_text_becomes_a_control_token_moves_a_label_or_is_lost(family: str, name: str, asked_for: str, answered: str) -> None:
     made = renderer(family, name)
