@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import MakeRecipe
+from conftest import ROOT, MakeRecipe
 from in_process import metrics, prepared
 from processes import run
 
@@ -133,6 +136,27 @@ def test_a_micro_batch_of_empty_places_alone_adds_nothing(make_recipe: MakeRecip
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     rows = dataset.Rows(Path(load(recipe).data.prepared) / "train.arrow")
     assert sum(m["supervised_tokens"] for m in cut) == rows.num_supervised.sum()
+
+
+def test_a_rank_with_nothing_but_empty_places_takes_part_and_adds_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Fault 17: of the last step's 4 places 1 holds a row, so rank 1 computes empty micro-batches alone, and all ends as on one process."""
+    source = chats(tmp_path / "chats.jsonl", *SHORT[:5])
+    few = ("train.rows_per_step=4", "train.max_steps=2", "train.micro_batch=1", "train.epochs=1")
+    recipe = prepared(make_recipe(f"data.source={source}", *FEW, *few))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "scripts/train.py", str(recipe), f"output.dir={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = run("train.py", recipe, log=tmp_path / "log")
+    assert one.process.exitcode == 0, one.output
+    two, alone = metrics(tmp_path / "two"), metrics(tmp_path / "run")
+    assert read_json(tmp_path / "two" / "run.json")["processes"] == 2
+    assert two[1]["supervised_tokens"] < two[0]["supervised_tokens"] / 2, "one row of four"
+    for a, b in zip(two, alone, strict=True):
+        assert a["applied"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_a_table_with_other_columns_is_named(tmp_path: Path) -> None:

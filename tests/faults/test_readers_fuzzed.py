@@ -12,6 +12,8 @@ from fuzzed import CHAT, trials
 from in_process import prepared
 from processes import _server
 
+from qlora_suite.tracking import Journal, read_journal
+
 SEED, PER_KIND = 6, 170
 
 
@@ -42,3 +44,15 @@ def test_no_mutated_file_brings_a_traceback_a_hang_or_the_end_of_the_process(rec
     for name, line in ended.items():
         assert "read 0" not in line, f"nothing was read of {name}: the mutations are too coarse to test anything"
         assert "refused 0" not in line or name in ("metrics", "previews"), f"nothing was refused of {name}"
+
+
+def test_a_damaged_line_of_a_journal_costs_no_other(tmp_path: Path) -> None:
+    """Fault 5: a bit that flipped in metrics.jsonl must not take the steps after it when the run goes on."""
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": n, "loss": 1.0}).encode() for n in range(1, 7)]
+    damaged = [whole[0], b'{"step": 2, "lo\xffs": 1.0}', b'{"step": 3, "loss', b'"text"', b'{"step": "5"}', whole[5], b'{"step": 7, "lo']
+    path.write_bytes(b"\n".join(damaged))
+    assert [record["step"] for record in read_journal(path)] == [1, "5", 6]
+    journal = Journal(path, step=6)
+    journal.add({"step": 7})
+    assert [record["step"] for record in journal.records] == [record["step"] for record in read_journal(path)] == [1, 6, 7]
