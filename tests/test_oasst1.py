@@ -164,13 +164,11 @@ def test_each_filter_is_counted_by_its_reason_and_takes_the_descendants():
         message("A4", "P1", review_result=False),
         message("A5", "P1", text="  !  "),
         message("A6", "P1", text="long " * 9),
-        message("A7", "P1", text=None),
-        message("A8", "P1", role="tool"),
         message("A9", "P1", review_result=None),
     ]
     found, dropped = oasst1.conversations(damaged, "all_paths", Filters(languages=("en",), min_chars=2, max_chars=40))
     assert lines(found) == ["A9: P1 A9"]
-    reasons = ["language", "parent dropped", "deleted", "synthetic", "failed review", "too short", "too long", "no text", "unknown role"]
+    reasons = ["language", "parent dropped", "deleted", "synthetic", "failed review", "too short", "too long"]
     assert dropped == dict.fromkeys(reasons, 1)
     assert len(oasst1.conversations(damaged[:7], "each_message", None)[0]) == 7  # null turns every filter off
 
@@ -199,20 +197,40 @@ def test_the_order_of_parents_and_children_in_the_file_does_not_matter():
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "complaints"),
     [
-        ([message("A1", "P2"), message("P2", "A1")], "its own ancestor"),
-        ([message("A4", "A4")], "its own ancestor"),
-        ([message("A1", "P1")], "A1 stands twice"),
-        ([message("A4", "P1", message_tree_id="other")], "another tree"),
-        ([message("A4") | {"message_id": None}], "message number 3 has message_id None"),
-        ([message("A4") | {"parent_id": 7}], "message number 3 has parent_id 7"),
+        ([message("A3", "P2"), message("P2", "A3")], ['its own ancestor, or below one that is, parent_id: "P2"', '"A3"']),
+        ([message("A4", "A4"), message("P5", "A4")], ['its own ancestor, or below one that is, parent_id: "A4"', '"A4"']),
+        ([message("A1", "P1", text="again")], ['message_id stands twice, message_id: "A1"']),
+        ([message("A4", "P1", message_tree_id="other")], ['in another tree than its parent, parent_id: "P1"']),
+        ([message("A4") | {"message_id": None}], ["no message_id, message_id: null"]),
+        ([message("A4") | {"message_id": ["A4"]}], ['no message_id, message_id: ["A4"]']),
+        ([message("A4") | {"message_tree_id": 3}], ["no message_tree_id, message_tree_id: 3"]),
+        ([message("A4") | {"parent_id": 7}], ["parent_id is neither a text nor null, parent_id: 7"]),
+        ([message("A4", "P1", text=None)], ["no text, text: null"]),
+        ([message("A4", "P1", role="tool")], ['unknown role, role: "tool"']),
+        ([message("A4", "P1", lang=["en"])], ['lang is neither a text nor null, lang: ["en"]']),
+        ([message("A4", "P1", rank="0")], ['rank is neither a number nor null, rank: "0"']),
     ],
 )
-def test_what_is_no_forest_is_refused(damage, words):
-    start = [m for m in TREE[:2] if not (len(damage) == 2 and m["message_id"] == "A1")]
-    with pytest.raises(ValueError, match=words):
-        oasst1.conversations(start + damage, "all_paths", None)
+def test_what_can_stand_in_no_tree_is_named_and_the_rest_is_a_forest(damage, complaints):
+    rows = [sources.Row(sources.Place("m.jsonl", number), m) for number, m in enumerate(TREE[:2] + damage, 1)]
+    found = oasst1.forest(rows)
+    assert [str(bad) for bad in found.bad_rows] == [
+        f"m.jsonl line {number}: {words if ':' in words else complaints[0].partition(':')[0] + ': ' + words}"
+        for number, words in enumerate(complaints, 3)
+    ]
+    assert found.messages == TREE[:2]
+    assert len(oasst1.conversations(found.messages, "all_paths", None, found.left_out)[0]) == 1
+
+
+def test_what_hangs_below_a_message_that_was_left_out_is_counted_so():
+    tree = [message("P1"), message("A1", "P1", text=3), message("P2", "A1"), message("A2", "P1"), message("A3", "gone")]
+    found = oasst1.forest(sources.Row(sources.Place("m.jsonl", n), m) for n, m in enumerate(tree, 1))
+    conversations, dropped = oasst1.conversations(found.messages, "all_paths", None, found.left_out)
+    assert lines(conversations) == ["A2: P1 A2"]
+    assert dropped == {"parent dropped": 1, "parent missing": 1}
+    assert found.left_out == {"A1"}
 
 
 def test_a_very_deep_tree_is_walked():

@@ -1,20 +1,16 @@
-"""Packing loses nothing, and conversations that share a row do not know of each other."""
+"""Packing loses nothing. (That conversations in a row do not know of each other: faults/test_leaking_attention.py.)"""
 
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import MakeRecipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CONFIGS, VOCABULARY, tiny
-from transformers import PreTrainedModel
 
 from qlora_suite import dataset
 from qlora_suite.chat import Renderer
-from qlora_suite.loss import check_separates_packed_rows, collate, forward
 from qlora_suite.packing import pack
 from qlora_suite.preparation import prepare, trimmed
 from qlora_suite.recipe import Recipe
@@ -70,82 +66,6 @@ def test_rows_are_no_more_than_first_fit_needs_on_real_lengths(messages: list[di
 def test_a_length_that_no_row_can_hold_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match=f"example 1 has {length} tokens; a row holds 1 to 8"):
         pack([3, length], 8)
-
-
-# --- the model
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return tiny(request.param)
-
-
-def packed_row(*lengths: int, seed: int) -> dict[str, Any]:
-    ids = torch.randint(0, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "supervised": torch.zeros(len(ids), dtype=torch.bool), "lengths": list(lengths)}
-
-
-ROWS = [packed_row(9, 13, 4, seed=1), packed_row(17, seed=2), packed_row(1, 2, 3, 4, 5, seed=3)]
-
-
-def separate(model: PreTrainedModel, row: dict[str, Any]) -> list[torch.Tensor]:
-    """The logits of each conversation of a row in a forward pass of its own."""
-    return [model(input_ids=piece[None]).logits[0] for piece in row["input_ids"].split(row["lengths"])]
-
-
-def of_row(logits: torch.Tensor, row: dict[str, Any]) -> torch.Tensor:
-    return logits[: len(row["input_ids"])]
-
-
-@torch.no_grad()
-def test_packed_logits_equal_separate_logits(model: PreTrainedModel) -> None:
-    """With several rows of unequal length and padding, by the one call that training and evaluation make."""
-    batch = collate(ROWS, pad_id=0)
-    logits = forward(model, batch, torch.arange(batch.input_ids.shape[1]))
-    for row, found in zip(ROWS, logits, strict=True):
-        torch.testing.assert_close(of_row(found, row), torch.cat(separate(model, row)), atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("trap", ["all-ones mask", "cache", "running positions"])
-def test_the_trap_is_real(model: PreTrainedModel, trap: str) -> None:
-    """What `forward` avoids lets packed conversations read each other without a word."""
-    batch = collate(ROWS[:1], pad_id=0)
-    settings_of = {
-        "all-ones mask": {"attention_mask": torch.ones_like(batch.input_ids), "use_cache": False, "position_ids": batch.position_ids},
-        "cache": {"use_cache": True, "position_ids": batch.position_ids},
-        "running positions": {"use_cache": False},
-    }
-    leaking = model(input_ids=batch.input_ids, **settings_of[trap]).logits[0]
-    assert (leaking - torch.cat(separate(model, ROWS[0]))).abs().max() > 1e-2
-
-
-def test_a_model_that_separates_passes_the_guard(model: PreTrainedModel) -> None:
-    model.train()
-    check_separates_packed_rows(model)
-    assert model.training, "it leaves the mode as it was"
-    model.eval()
-
-
-@pytest.mark.parametrize("injected", ["attention_mask", "use_cache"])
-def test_a_model_that_leaks_is_refused(monkeypatch: pytest.MonkeyPatch, injected: str) -> None:
-    model = tiny()
-    plain = model.forward
-
-    def leaking(input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **kwargs: Any) -> Any:
-        kwargs[injected] = torch.ones_like(input_ids) if injected == "attention_mask" else True
-        return plain(input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
-
-    monkeypatch.setattr(model, "forward", leaking)
-    with pytest.raises(ValueError, match=r"lets packed conversations read each other .* set data\.packing: false"):
-        check_separates_packed_rows(model)
-
-
-def test_a_model_whose_head_cannot_be_asked_for_some_places_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny()
-    monkeypatch.setattr(model, "forward", lambda input_ids, position_ids: None)
-    with pytest.raises(ValueError, match="does not take logits_to_keep"):
-        check_separates_packed_rows(model)
 
 
 # --- the rows on disk

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
+from qlora_suite.control_tokens import ControlTokens
 from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.model_template import ModelTemplate
 from qlora_suite.recipe import Chat
@@ -36,6 +37,7 @@ class Renderer:
         self.chat = chat
         self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         self.encode = TextEncoder(tokenizer)
+        self._controls = ControlTokens(tokenizer, self.encode)
         self.is_plain_text = chat.format == "text"
         """No roles: a conversation is one text."""
         self.template = ModelTemplate(tokenizer, self.encode, chat) if chat.format in ("chatml", "model") else None
@@ -99,11 +101,16 @@ class Renderer:
 
     def _write(self, turns: Sequence[Turn], opened: bool) -> Rendered:
         if self.is_plain_text:
-            return self._write_text(turns, opened)
-        if self.template is None:
-            return self._write_turns(turns, opened)
-        rendered = self.template.write([_checked(turn) for turn in turns], opened)
-        return replace(rendered, num_marker_texts=sum(self.marker_occurrences(turn.content) for turn in turns))
+            rendered = self._write_text(turns, opened)
+        elif self.template is None:
+            rendered = self._write_turns(turns, opened)
+        else:
+            rendered = self.template.write([_checked(turn) for turn in turns], opened)
+        return replace(
+            rendered,
+            num_marker_texts=sum(self.marker_occurrences(turn.content) for turn in turns),
+            num_control_texts=sum(self._controls.occurrences(turn.content) for turn in turns),
+        )
 
     def _write_turns(self, turns: Sequence[Turn], opened: bool) -> Rendered:
         """`opened`: ends on the assistant's marker, ready for an answer."""
@@ -138,7 +145,9 @@ class Renderer:
                 parts.control(self.eos, turn.learn)
         if opened:
             open_turn("assistant", first=False)
-        return self._finished(parts, rendered, turns, num_moved)
+        parts.flush()
+        supervised = [False, *parts.supervised[1:]] if parts.supervised else []  # nothing predicts the first token
+        return Rendered(parts.ids, supervised, rendered, num_moved)
 
     def _write_text(self, turns: Sequence[Turn], opened: bool) -> Rendered:
         """One text, which the turns are parts of: an assistant's are learnt, a user's are context. `opened`: without the end token.
@@ -169,11 +178,6 @@ class Renderer:
             ids.append(self.eos)
             supervised.append(learn_all or (turns[-1].role == "assistant" and turns[-1].learn))
         return Rendered(ids, supervised, rendered)
-
-    def _finished(self, parts: "_Parts", rendered: list[RenderedTurn], turns: Sequence[Turn], num_moved: int) -> Rendered:
-        parts.flush()
-        supervised = [False, *parts.supervised[1:]] if parts.supervised else []  # nothing predicts the first token
-        return Rendered(parts.ids, supervised, rendered, num_moved, sum(self.marker_occurrences(turn.content) for turn in turns))
 
     def _place_system(self, turns: Sequence[Turn]) -> tuple[list[tuple[int, Turn]], int]:
         """User and assistant turns alone, each with its index, and the number of system turns that had no place of their own.

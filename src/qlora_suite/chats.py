@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.conversations import LONGEST, Conversation, Turn
 from qlora_suite.recipe import FIELDS, Form, Source
 from qlora_suite.sources import BadRow, Row, shown
 
@@ -101,6 +101,8 @@ def conversation_of(row: Row, form: Form, source: Source) -> Conversation | BadR
             turns = _READERS[form](get, _Reading(source))
     except _Bad as bad:
         return BadRow(row.place, bad.reason, bad.key, shown(bad.value) if bad.key else "")
+    if sum(len(t.content) for t in turns) > LONGEST:
+        return BadRow(row.place, f"more than {LONGEST:,} characters; cut it into rows", turns[0].role, shown(turns[0].content[:100]))
     first = next((t.content for t in turns if t.role == "user"), None) if form != "text" else _text_question(turns, source)
     key = f"{row.place.file}:{row.place.number}"
     return Conversation(key=key, ids=(key,), group=_group(first or "".join(t.content for t in turns)), turns=turns)

@@ -64,6 +64,10 @@ class ControlTokens:
         """What stands between them."""
         return self._any.split(text)
 
+    def occurrences(self, text: str) -> int:
+        """How many of them a text holds."""
+        return sum(1 for _ in self._any.finditer(text))
+
     def protected(self, texts: list[str], beside: str) -> "Protected":
         """The texts, as long as they were, without any control token's text. `beside`: what they will stand in."""
         found = [self._starts.search(text) is not None for text in texts]

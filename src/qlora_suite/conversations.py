@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+LONGEST = 4_000_000
+"""Characters of a conversation, some million tokens (a long novel has three million): tokenising takes 250 bytes of memory for each."""
+
 
 @dataclass(frozen=True)
 class Turn:

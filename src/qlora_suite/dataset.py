@@ -12,6 +12,7 @@ Arrow's stream format, memory-mapped: any number of rows costs no memory, and `d
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pyarrow.compute
 from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.files import complaint_about, hash_of, read_json, sha256
 from qlora_suite.recipe import Recipe
+from qlora_suite.role_markers import RoleMarkers
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -120,21 +122,37 @@ class Pieces:
         return {name: self._table[name][number].as_py() for name in _PIECES.names}
 
 
-def read_table(path: Path) -> pa.Table:
-    """The whole table, memory-mapped: its record batches stay on the disk until they are looked at."""
-    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """The whole table, memory-mapped: its record batches stay on the disk until they are looked at.
+
+    Raises ValueError if the file is none of these; with a schema, also if it has another one, or if a place in it points outside.
+    """
+    try:
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        if schema is not None:
+            if not table.schema.equals(schema):
+                raise ValueError(f"it holds {', '.join(table.schema.names) or 'no column'}, and wanted is {', '.join(schema.names)}")
+            table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged: {what}; prepare the data again") from None
+    return table
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """Prepared rows, read from the disk as they are asked for."""
+    """Prepared rows, read from the disk as they are asked for. Raises ValueError for rows that cannot be trained on."""
 
     def __init__(self, path: Path) -> None:
-        self._table = read_table(path)
+        self._table = read_table(path, ROWS)
         self.lengths = _list_lengths(self._table["input_ids"])
         """Tokens of each row. [rows] int64"""
-        counts = [_true_per_list(chunk) for chunk in self._table["supervised"].chunks]
+        counts = []
+        for batch in self._table.to_batches():
+            if complaint := _complaint_about_rows(batch):
+                raise ValueError(f"{path} is not what scripts/prepare_data.py writes: {complaint}; remove the folder and run it again")
+            counts.append(_sum_per_list(batch["supervised"]))
         self.num_supervised = np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
-        """Supervised tokens of each row. [rows] int64"""
+        """Supervised tokens of each row, at least 1. [rows] int64"""
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -159,11 +177,30 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(chunks) if chunks else pa.array([], column.type.value_type)
 
 
-def _true_per_list(chunk: pa.ListArray) -> np.ndarray:
-    """How many are true in each list. [lists] int64"""
+def _sum_per_list(chunk: pa.ListArray) -> np.ndarray:
+    """The sum of each list's numbers, or how many of its flags are true. [lists] int64"""
     ends = np.cumsum(pa.compute.list_value_length(chunk).to_numpy().astype(np.int64))
     cumulative = np.concatenate([[0], np.cumsum(chunk.flatten().to_numpy(zero_copy_only=False), dtype=np.int64)])
     return np.diff(cumulative[np.concatenate([[0], ends])])
+
+
+def _complaint_about_rows(batch: pa.RecordBatch) -> str | None:
+    """What would end a run in its middle: a row from which nothing is learnt (a step of it alone is 0/0), or that is not whole."""
+    if any(column.null_count or column.flatten().null_count for column in batch.columns):
+        return "a row has nulls"
+    sizes = {name: pa.compute.list_value_length(batch[name]).to_numpy() for name in ROWS.names}
+    lengths = batch["lengths"].flatten().to_numpy().astype(np.int64)
+    tokens = sizes["input_ids"]
+    fits = (tokens == sizes["supervised"]) & (tokens == _sum_per_list(batch["lengths"])) & (sizes["lengths"] == sizes["examples"])
+    if not fits.all() or (lengths < 1).any():
+        return "tokens, flags and lengths of a row do not fit together"
+    if batch["supervised"].flatten().to_numpy(zero_copy_only=False)[np.cumsum(lengths) - lengths].any():
+        return "the first token of a conversation is supervised, which nothing predicts"
+    num_supervised = _sum_per_list(batch["supervised"])
+    if not num_supervised.all():
+        key = batch["examples"][int((num_supervised == 0).argmax())][0].as_py()
+        return f"the row of {key} has no supervised token"
+    return None
 
 
 def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
@@ -189,7 +226,7 @@ def conversation_from(record: Mapping[str, Any]) -> Conversation:
 
 def read_conversations(path: Path) -> list[Conversation]:
     """The conversations of validation.arrow."""
-    return [conversation_from(record) for record in read_table(path).to_pylist()]
+    return [conversation_from(record) for record in read_table(path, CONVERSATIONS).to_pylist()]
 
 
 def recipe_part(recipe: Recipe) -> dict[str, Any]:
@@ -210,7 +247,10 @@ def _difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
         parts = [(key, then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys())]
     else:
         return name, then, now
-    key, before, after = next(part for part in parts if part[1] != part[2])
+    differing = [part for part in parts if part[1] != part[2]]
+    if not differing:  # a null that is a missing key in the other
+        return name, then, now
+    key, before, after = differing[0]
     return _difference(f"{name}.{key}", before, after)
 
 
@@ -243,10 +283,11 @@ def load_manifest(recipe: Recipe) -> dict[str, Any]:
         manifest = read_json(folder / MANIFEST)
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from None
-    if not isinstance(manifest, dict) or not {"recipe", "sources", "files", "counts", "role_markers"} <= manifest.keys():
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise ValueError(f"{folder} has format {version}, this version reads {FORMAT_VERSION}; {remedy}")
+    if version is None or not _is_manifest(manifest):
         raise ValueError(f"{folder / MANIFEST} is not a manifest of prepared data; {remedy}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{folder} has format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}; {remedy}")
     stale = staleness(manifest, recipe)
     if stale:
         raise ValueError(f"the prepared data in {folder} is stale: {stale}; {remedy}")
@@ -254,6 +295,32 @@ def load_manifest(recipe: Recipe) -> dict[str, Any]:
     if complaint:
         raise ValueError(f"the prepared data in {folder} is damaged: {complaint}; {remedy}")
     return manifest
+
+
+def _is_manifest(values: dict[str, Any]) -> bool:
+    """Has it every part that is read later, each of its kind? A damaged one must not end a run in its middle."""
+    parts = [values.get(name) for name in ("recipe", "sources", "files", "counts", "role_markers")]
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(values.get("tokenizer"), str):
+        return False
+    recipe, _, files, counts, markers = parts
+    splits, sets, ids = [counts.get(split) for split in ("train", "dev", "validation")], counts.get("sets"), markers.get("token_ids")
+    return (
+        all(isinstance(section, dict) for section in recipe.values())
+        and {"train.arrow", "dev.arrow", "validation.arrow"} <= files.keys()
+        and all(isinstance(file, dict) and {"bytes", "sha256"} <= file.keys() for file in files.values())
+        and all(isinstance(split, dict) and all(isinstance(n, int | float) for n in split.values()) for split in splits)
+        and isinstance(counts.get("unit"), str)
+        and isinstance(sets, list)
+        and all(isinstance(one, dict) and {"name", "form", "unit", "read", "dropped", "taken"} <= one.keys() for one in sets)
+        and all(isinstance(one.get("read"), int) and _are_counts(one.get("dropped")) for one in (counts, *sets))
+        and markers.keys() == {field.name for field in fields(RoleMarkers)}
+        and isinstance(ids, list)
+        and all(isinstance(i, int) for i in ids)
+    )
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(count, int) for count in values.values())
 
 
 def staleness(manifest: Mapping[str, Any], recipe: Recipe) -> str | None:

@@ -98,8 +98,10 @@ def read_json(path: Path) -> Any:
     """Raises ValueError if the file is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # no UTF-8, no JSON, or a number of thousands of digits
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: it is nested too deep to be read") from None
 
 
 def check_version(path: Path, values: Mapping[str, Any], known: int) -> None:

@@ -25,6 +25,7 @@ LABELS = {
     "system_moved": "system turns moved into a user turn",
     "rewritten": "answers as context: the template rewrites them",
     "marker_texts": "texts in messages that look like a role marker",
+    "control_texts": "texts in messages that look like a control token",
     "rows": "rows",
     "tokens": "tokens",
     "supervised": "supervised tokens",
@@ -45,9 +46,9 @@ def split_rows(counts: dict[str, Any], packing: bool) -> list[tuple[str, list[st
     """A label and its values in the order of SPLITS; lines that are zero throughout are left out."""
     lines = []
     for key, label in LABELS.items():
-        values = [counts[split][key] for split in SPLITS]
+        values = [counts[split].get(key, 0) for split in SPLITS]  # data of an earlier version has fewer
         if any(values) or key in ALWAYS:
             lines.append((label, [*(f"{v:,}" for v in values[:2]), "-" if key in AS_MESSAGES else f"{values[2]:,}"]))
     if packing:
-        lines.append(("padding in packed rows", [*(f"{counts[split]['padding_share']:.1%}" for split in ("train", "dev")), "-"]))
+        lines.append(("padding in packed rows", [*(f"{counts[split].get('padding_share', 0.0):.1%}" for split in ("train", "dev")), "-"]))
     return lines

@@ -117,7 +117,10 @@ def inspect(recipe: Recipe, file: str, progress: Progress) -> Inspection:
 
 def _conversations(rows: Sequence[Row], source: Source, found: Inspection) -> Iterable[Conversation]:
     if found.form == "oasst":
-        conversations, dropped = oasst1.conversations([row.values for row in rows], found.policy, source.filters)
+        forest = oasst1.forest(rows)
+        for bad in forest.bad_rows:
+            _leave_out(bad, found)
+        conversations, dropped = oasst1.conversations(forest.messages, found.policy, source.filters, forest.left_out)
         found.dropped += dropped
         yield from conversations
         return

@@ -37,9 +37,9 @@ class Batch:
 def collate(rows: Sequence[Mapping[str, Any] | None], pad_id: int) -> Batch:
     """Rows with `input_ids`, `supervised` and `lengths` (of the conversations in them), padded to the longest.
 
-    None stands for an empty row, all padding.
+    None stands for an empty row, all padding. There are two places at least, for one predicts nothing.
     """
-    places = max((len(row["input_ids"]) for row in rows if row), default=2)
+    places = max([2, *(len(row["input_ids"]) for row in rows if row)])
     input_ids = torch.full((len(rows), places), pad_id)
     position_ids = torch.empty((len(rows), places), dtype=torch.int64)
     supervised = torch.zeros((len(rows), places), dtype=torch.bool)

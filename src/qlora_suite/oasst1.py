@@ -22,11 +22,13 @@ A conversation may end on a prompter (`best_path` above): `Conversation.without_
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.conversations import LONGEST, Conversation, Turn
 from qlora_suite.recipe import Filters, Policy
+from qlora_suite.sources import BadRow, Row, shown
 
 Message = dict[str, Any]
 ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -34,21 +36,58 @@ _FROM_THE_ROOT = ("best_path", "joined_replies", "all_paths")
 _PAIRS = ("best_replies", "all_replies")
 
 
-def conversations(messages: list[Message], policy: Policy, filters: Filters | None) -> tuple[list[Conversation], Counter[str]]:
-    """The policy's conversations, and the number of messages dropped by each reason.
+@dataclass(frozen=True)
+class Forest:
+    """Messages of trees: each id once, each parent in its child's tree, no message its own ancestor."""
+
+    messages: list[Message]
+    """In file order. Parents may be missing."""
+    bad_rows: list[BadRow]
+    """All other rows, each for one reason."""
+    left_out: frozenset[str]
+    """Ids that stand in bad rows alone."""
+
+
+def forest(rows: Iterable[Row]) -> Forest:
+    """The sound messages of some rows. Of two with one id the first is kept."""
+    kept: dict[str, Row] = {}
+    bad: list[tuple[Row, str, str]] = []
+    for row in rows:
+        reason, key = _complaint(row.values) or ("", "")
+        if not reason and row.values["message_id"] in kept:
+            reason, key = "message_id stands twice", "message_id"
+        if reason:
+            bad.append((row, reason, key))
+        else:
+            kept[row.values["message_id"]] = row
+    strays = [name for name, row in kept.items() if _is_stray(row.values, kept)]
+    bad += [(kept.pop(name), "in another tree than its parent", "parent_id") for name in strays]
+    reached = _depth_first({name: row.values for name, row in kept.items()})
+    circling = [name for name in kept if name not in reached]  # a circle has no top, so the walk never came to it
+    bad += [(kept.pop(name), "its own ancestor, or below one that is", "parent_id") for name in circling]
+    ids = (row.values.get("message_id") for row, *_ in bad)
+    return Forest(
+        [row.values for row in kept.values()],
+        [BadRow(row.place, reason, key, shown(row.values.get(key))) for row, reason, key in bad],
+        frozenset(name for name in ids if isinstance(name, str) and name not in kept),
+    )
+
+
+def conversations(
+    messages: list[Message], policy: Policy, filters: Filters | None, left_out: Collection[str] = ()
+) -> tuple[list[Conversation], Counter[str]]:
+    """The policy's conversations of a `forest`'s messages, and the number of messages dropped by each reason.
 
     Every message is kept or dropped by exactly one reason: kept = len(messages) - dropped.total(). A kept message need not
-    stand in a conversation (`best_path` passes most of them by).
-
-    Raises ValueError if the messages are no forest: an id missing or used twice, a parent in another tree, a circle.
+    stand in a conversation (`best_path` passes most of them by). `left_out`: parents that are known to be lost.
     """
-    by_id = _by_id(messages)
+    by_id = {message["message_id"]: message for message in messages}
     order = _depth_first(by_id)
-    reasons = _dropped(order, by_id, policy, filters)
-    forest = {i: m for i, m in order.items() if i not in reasons}
+    reasons = _dropped(order, by_id, policy, filters, left_out)
+    kept = {i: m for i, m in order.items() if i not in reasons}
     dropped = Counter(reasons.values())
-    assert len(messages) == len(forest) + dropped.total()
-    return list(_POLICIES[policy](forest)), dropped
+    assert len(messages) == len(kept) + dropped.total(), "the messages are no forest"
+    return list(_POLICIES[policy](kept)), dropped
 
 
 def ids_line(conversation: Conversation) -> str:
@@ -70,70 +109,59 @@ def split_of(group: str, share: float, salt: str) -> bool:
 # --- messages -> forest
 
 
-def _by_id(messages: list[Message]) -> dict[str, Message]:
-    """The messages by id, in file order."""
-    by_id: dict[str, Message] = {}
-    for number, message in enumerate(messages, 1):
-        for key in ("message_id", "message_tree_id"):
-            if not isinstance(message.get(key), str):
-                raise ValueError(f"OASST message number {number} has {key} {message.get(key)!r}, which must be a string; repair the file")
-        if not isinstance(message.get("parent_id"), str | None):
-            raise ValueError(
-                f"OASST message number {number} has parent_id {message['parent_id']!r}, which must be a string or null; repair the file"
-            )
-        if not isinstance(message.get("lang"), str | None) or not isinstance(message.get("rank"), int | float | None):
-            raise ValueError(
-                f"OASST message {message['message_id']} has lang {message.get('lang')!r} and rank {message.get('rank')!r}; wanted are a "
-                "string and a number, or null: repair the file"
-            )
-        if message["message_id"] in by_id:
-            raise ValueError(
-                f"OASST message {message['message_id']} stands twice in the data (again as number {number}); "
-                "give each file once, and not both the flat messages and the trees of one export"
-            )
-        by_id[message["message_id"]] = message
-    return by_id
+def _complaint(message: Message) -> tuple[str, str] | None:
+    """(why a message can stand in no tree, the key at which it is seen)"""
+    for key in ("message_id", "message_tree_id", "text"):
+        if not isinstance(message.get(key), str):
+            return f"no {key}", key
+    if len(message["text"]) > LONGEST:
+        return f"more than {LONGEST:,} characters", "text"
+    if message.get("role") not in tuple(ROLES):
+        return "unknown role", "role"
+    if not isinstance(message.get("parent_id"), str | None):
+        return "parent_id is neither a text nor null", "parent_id"
+    if not isinstance(message.get("lang"), str | None):
+        return "lang is neither a text nor null", "lang"
+    if not isinstance(message.get("rank"), int | float | None):
+        return "rank is neither a number nor null", "rank"
+    return None
+
+
+def _is_stray(message: Message, kept: Mapping[str, Row]) -> bool:
+    parent = kept.get(message.get("parent_id") or "")
+    return parent is not None and parent.values["message_tree_id"] != message["message_tree_id"]
 
 
 def _depth_first(by_id: dict[str, Message]) -> dict[str, Message]:
-    """The messages, parents before children, each tree in one piece; tops and siblings in file order."""
+    """The messages, parents before children, each tree in one piece; tops and siblings in file order. Circles are not reached."""
     children: dict[str, list[Message]] = defaultdict(list)
     tops = []
     for message in by_id.values():
         parent = by_id.get(message.get("parent_id") or "")
-        if parent is None:
-            tops.append(message)
-            continue
-        if parent["message_tree_id"] != message["message_tree_id"]:
-            raise ValueError(
-                f"OASST message {message['message_id']} is in another tree than its parent {parent['message_id']}; repair the file"
-            )
-        children[parent["message_id"]].append(message)
+        (tops if parent is None else children[parent["message_id"]]).append(message)
     order = {}
     stack = tops[::-1]
     while stack:
         message = stack.pop()
         order[message["message_id"]] = message
         stack += reversed(children[message["message_id"]])
-    if len(order) < len(by_id):
-        # A circle has no top, so the walk never came to it.
-        lost = next(i for i in by_id if i not in order)
-        raise ValueError(f"OASST message {lost} is, or comes below, a message that is its own ancestor; repair its parent_id")
     return order
 
 
 # --- what is left out, and why
 
 
-def _dropped(order: dict[str, Message], by_id: dict[str, Message], policy: Policy, filters: Filters | None) -> dict[str, str]:
+def _dropped(
+    order: dict[str, Message], by_id: dict[str, Message], policy: Policy, filters: Filters | None, left_out: Collection[str]
+) -> dict[str, str]:
     """{message id: the reason why it is dropped}. Its own reason comes before its parent's."""
     reasons: dict[str, str] = {}
     for i, message in order.items():
         parent = message.get("parent_id")
-        reason = _unreadable(message) or (filters and _filtered(message, filters))
-        if not reason and policy in _FROM_THE_ROOT and parent and parent not in by_id:
+        reason = filters and _filtered(message, filters)
+        if not reason and policy in _FROM_THE_ROOT and parent and parent not in by_id and parent not in left_out:
             reason = "parent missing"
-        if not reason and parent in reasons:
+        if not reason and (parent in reasons or parent in left_out):
             reason = "parent dropped"
         if reason:
             reasons[i] = reason
@@ -159,12 +187,6 @@ def _without_pair(forest: dict[str, Message], by_id: dict[str, Message], policy:
         if reason:
             reasons[i] = reason
     return reasons
-
-
-def _unreadable(message: Message) -> str | None:
-    if not isinstance(message.get("text"), str):
-        return "no text"
-    return None if message.get("role") in tuple(ROLES) else "unknown role"
 
 
 def _filtered(message: Message, filters: Filters) -> str | None:

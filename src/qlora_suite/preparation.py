@@ -58,6 +58,7 @@ class Tokenised:
     system_moved: int = 0
     rewritten: int = 0
     marker_texts: int = 0
+    control_texts: int = 0
     refused: str = ""
     """Why the chat format cannot write it."""
 
@@ -86,6 +87,7 @@ class Tokeniser:
             system_moved=sum(one.num_system_moved for one in rendered),
             rewritten=sum(one.num_rewritten for one in rendered),
             marker_texts=rendered[-1].num_marker_texts,
+            control_texts=rendered[-1].num_control_texts,
         )
 
 
@@ -96,6 +98,7 @@ def written(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow]
             counts.system_moved += one.system_moved
             counts.rewritten += one.rewritten
             counts.marker_texts += one.marker_texts
+            counts.control_texts += one.control_texts
             yield one
             continue
         if strict:

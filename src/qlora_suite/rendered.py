@@ -39,6 +39,8 @@ class Rendered:
     """System turns that went into the next user turn, because the format has no place for them."""
     num_marker_texts: int = 0
     """Texts in the messages that look like one of the format's plain-text markers."""
+    num_control_texts: int = 0
+    """Texts in the messages that look like a control token, and were encoded as text."""
     num_rewritten: int = 0
     """Answers that were to be learnt and are context, because the base's template writes them in another way than a last one."""
 

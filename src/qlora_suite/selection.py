@@ -99,6 +99,8 @@ class Counts:
     """Answers that were to be learnt and are context, because the base's chat template rewrites earlier ones."""
     marker_texts: int = 0
     """Texts in messages that look like a plain-text role marker."""
+    control_texts: int = 0
+    """Texts in messages that look like a control token, learnt and read as the text that they are."""
     padding_share: float = 0.0
     """Places of the packed rows that hold nothing."""
 
@@ -226,7 +228,10 @@ def _conversations(
         everything = progress(itertools.chain(head, rows), f"reading {name}" + (f" ({loaded_as})" if loaded_as != "all" else ""), None)
         good = _good(everything, found, source, selection, strict)
         if form == "oasst":
-            conversations, dropped = oasst1.conversations([row.values for row in good], source.policy, source.filters)
+            forest = oasst1.forest(good)
+            for bad in forest.bad_rows:
+                _leave_out(bad, found, selection, strict)
+            conversations, dropped = oasst1.conversations(forest.messages, source.policy, source.filters, forest.left_out)
             found.dropped += dropped
             yield loaded_as, iter(conversations)
         else:

@@ -28,6 +28,8 @@ _BESIDE_DATA = ("", ".md", ".txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BETWEEN = re.compile(r"\s*(,?)\s*")
 _CHUNK = 2**20
+_LONGEST = 2**26
+"""Bytes of a line, or characters of an object in a list: what memory must hold at once. A file of any size may have only few line ends."""
 _SHOWN = 80
 """Characters of an offending value."""
 
@@ -260,7 +262,13 @@ def _read_lines(path: Path, label: str) -> Iterator[Row | BadRow]:
     number = 0
     try:
         with _opened(path) as lines:
-            for number, line in enumerate(lines, 1):
+            while line := lines.readline(_LONGEST + 1):
+                number += 1
+                if len(line) > _LONGEST:
+                    yield BadRow(Place(label, number), f"a line of more than {_LONGEST:,} bytes")
+                    while not line.endswith(b"\n") and (line := lines.readline(_CHUNK)):
+                        pass
+                    continue
                 row = _parse(line, Place(label, number))
                 if number == 1 and isinstance(row, BadRow) and line.strip() == b"{":
                     raise ValueError(
@@ -332,6 +340,8 @@ def _read_list(path: Path, label: str) -> Iterator[Row | BadRow]:
                 except json.JSONDecodeError as error:
                     # It may only be that the object goes on behind what was read; then the error is at the end of it.
                     cut_off = error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
+                    if len(text) - at > _LONGEST:
+                        raise ValueError(f"an object goes on for more than {_LONGEST:,} characters") from None
                     more = file.read(max(_CHUNK, len(text) - at)) if cut_off else ""
                     if not more:
                         raise ValueError(f"{error.msg}, {shown(text[error.pos : error.pos + 40])}") from None

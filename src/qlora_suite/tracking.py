@@ -43,7 +43,9 @@ class Journal:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.records: list[dict[str, Any]] = [r for r in read_journal(path) if r["step"] <= step or "event" in r]
+        self.records: list[dict[str, Any]] = [
+            r for r in read_journal(path) if "event" in r or (isinstance(r.get("step"), int) and r["step"] <= step)
+        ]
         write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records))
 
     def add(self, record: dict[str, Any]) -> None:
@@ -55,17 +57,19 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL journal; a last line cut short by a kill is left out."""
+    """The records of a JSONL journal; a line cut short by a kill is left out, and one that a disk has damaged, but not those after it."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # splitlines() would also cut at U+2028 inside an answer
-        if not line:
-            continue
+    for line in path.read_bytes().split(b"\n"):  # splitlines() would also cut at U+2028 inside an answer
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line.decode())
+            if b"\\u" in line:  # half of a surrogate pair could be written to no file again
+                json.dumps(record, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
