@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from qlora_suite.disk_space import size_of
 from qlora_suite.engine import Engine
 from qlora_suite.files import complaint_about, file_table, flush, read_json, write_json
 
@@ -76,8 +77,8 @@ class State:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a run's folder. Raises ValueError if another process holds it; the kernel lets go when a process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold a run's folder, which is made. Raises ValueError if another process holds it; the kernel lets go when a process dies."""
+    Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)  # a link to a folder that was deleted is no error
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,9 +89,21 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             warnings.warn(f"{folder} is on a file system without locks ({error}); see to it that no second run writes there", stacklevel=2)
         file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.write(_holder_name())
         file.flush()
         yield
+
+
+def is_locked_by_us(folder: Path) -> bool:
+    """Does the folder's lock still name this process? Not if the folder was deleted while it was held."""
+    try:
+        return (folder / ".lock").read_text(encoding="utf-8") == _holder_name()
+    except OSError:
+        return False
+
+
+def _holder_name() -> str:
+    return f"{os.getpid()} on {os.uname().nodename}"
 
 
 @dataclass(frozen=True)
@@ -259,6 +272,20 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     for step in steps(folder)[:-keep]:
         if step != best:
             shutil.rmtree(folder / f"step-{step:06d}")
+
+
+def make_room(folder: Path, best: int | None) -> list[str]:
+    """On a full disk, delete all but the newest checkpoint that verifies and the best one, if one more will fit then. Their names."""
+    there = steps(folder)
+    newest = next((step for step in reversed(there) if complaint_about_checkpoint(folder / f"step-{step:06d}") is None), None)
+    if newest is None:
+        return []
+    old = [folder / f"step-{step:06d}" for step in there if step < newest and step != best]
+    if not old or shutil.disk_usage(folder).free + sum(map(size_of, old)) < size_of(folder / f"step-{newest:06d}"):
+        return []
+    for path in old:
+        shutil.rmtree(path)
+    return [path.name for path in old]
 
 
 def copy_checked(source: Path, target: Path) -> None:

@@ -41,6 +41,9 @@ def written_aside(path: Path) -> Iterator[Path]:
         flush(aside)
         aside.replace(path)
         flush(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which one it is
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
