@@ -281,7 +281,8 @@ def make_room(folder: Path, best: int | None) -> list[str]:
     if newest is None:
         return []
     old = [folder / f"step-{step:06d}" for step in there if step < newest and step != best]
-    if not old or shutil.disk_usage(folder).free + sum(map(size_of, old)) < size_of(folder / f"step-{newest:06d}"):
+    room = shutil.disk_usage(folder).free + sum(map(size_of, old))
+    if not old or room < 0.95 * size_of(folder / f"step-{newest:06d}"):  # two checkpoints differ by some bytes
         return []
     for path in old:
         shutil.rmtree(path)
