@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_suite.disk_space import size_of
 from qlora_suite.engine import Engine
-from qlora_suite.files import complaint_about, file_table, flush, read_json, write_json
+from qlora_suite.files import complaint_about, errors_name, file_table, flush, read_json, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -184,7 +184,8 @@ def save(
         write_tensors({k: v.contiguous() for k, v in learnt.weights.items()}, aside / learnt.file)
         check_weights(aside / learnt.file, learnt.weights, trained=state.step > state.skipped_steps)
         write_tensors(learnt.optimizer, aside / "optimizer.safetensors")
-        tokenizer.save_pretrained(aside)
+        with errors_name(aside):
+            tokenizer.save_pretrained(aside)
         write_json(aside / "state.json", {**asdict(state), "optimizer_numbers": learnt.optimizer_numbers})
         (aside / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         seal(aside)

@@ -29,7 +29,7 @@ from qlora_suite.batches import Limit, Order
 from qlora_suite.checkpoint import State, Trained
 from qlora_suite.dataset import data_hash
 from qlora_suite.engine import Engine
-from qlora_suite.files import write_json, write_text
+from qlora_suite.files import errors_name, write_json, write_text
 from qlora_suite.model import base_fingerprint, load_config, versions
 from qlora_suite.preemption import StopRequest
 from qlora_suite.prequantized import record_of, source_of
@@ -521,25 +521,26 @@ class Run:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
-            if isinstance(net, PeftModel):
-                for name in (checkpoint.ADAPTER, CONFIG_NAME):
-                    shutil.copyfile(source / name, aside / name)
-                checkpoint.check_weights(aside / checkpoint.ADAPTER, load_file(source / checkpoint.ADAPTER), trained=True)
-            else:
-                dtype = getattr(torch, self.recipe.output.final_dtype or "float32")
-                weights = {name: tensor.to(dtype) for name, tensor in load_file(source / checkpoint.WEIGHTS).items()}
-                save_pretrained(net, aside, weights)
-                config = load_config(self.recipe.model)  # as its maker wrote it: ours was changed for training
-                config.architectures, config.dtype = [model_class(net).__name__], dtype
-                config.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            write_json(aside / "chosen.json", choice)
-            checkpoint.seal(aside)
-            if final.exists() and checkpoint.complaint_about_checkpoint(final) is None:
-                shutil.rmtree(final)
-            elif final.exists():  # damaged, or somebody's own
-                say(f"{final} is set aside as {checkpoint.set_aside(final).name}: it is no whole result")
-            aside.rename(final)
+            with errors_name(final):
+                if isinstance(net, PeftModel):
+                    for name in (checkpoint.ADAPTER, CONFIG_NAME):
+                        shutil.copyfile(source / name, aside / name)
+                    checkpoint.check_weights(aside / checkpoint.ADAPTER, load_file(source / checkpoint.ADAPTER), trained=True)
+                else:
+                    dtype = getattr(torch, self.recipe.output.final_dtype or "float32")
+                    weights = {name: tensor.to(dtype) for name, tensor in load_file(source / checkpoint.WEIGHTS).items()}
+                    save_pretrained(net, aside, weights)
+                    config = load_config(self.recipe.model)  # as its maker wrote it: ours was changed for training
+                    config.architectures, config.dtype = [model_class(net).__name__], dtype
+                    config.save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
+                write_json(aside / "chosen.json", choice)
+                checkpoint.seal(aside)
+                if final.exists() and checkpoint.complaint_about_checkpoint(final) is None:
+                    shutil.rmtree(final)
+                elif final.exists():  # damaged, or somebody's own
+                    say(f"{final} is set aside as {checkpoint.set_aside(final).name}: it is no whole result")
+                aside.rename(final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 

@@ -8,6 +8,7 @@ with small_disk(tmp_path / "disk", "32m") as disk:
 import contextlib
 import ctypes
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -61,16 +62,16 @@ def enter(holder: int) -> None:
         os.close(descriptor)
 
 
-def fill(folder: Path) -> None:
-    """Take the last byte of its disk."""
+def fill(folder: Path, leave: int = 0) -> None:
+    """Take all but so many bytes of its disk."""
     with (folder / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
+        while shutil.disk_usage(folder).free > leave:
             file.write(b"x" * 4096)
 
 
-def fills(holder: int, folder: Path, at: Mapping[int, bool], log: bool = False) -> None:
-    """A prelude: the disk is full from the steps on at which `at` is true, and has room again where it is false. With `log`, what
-    the process prints goes to a file on that disk, as a queue's log does.
+def fills(holder: int, folder: Path, at: Mapping[int, bool], log: bool = False, leave: int = 0) -> None:
+    """A prelude: the disk is full (but for `leave` bytes) from the steps on at which `at` is true, and has room again where it is
+    false. With `log`, what the process prints goes to a file on that disk, as a queue's log does.
     """
     enter(holder)
     if log:
@@ -82,7 +83,7 @@ def fills(holder: int, folder: Path, at: Mapping[int, bool], log: bool = False) 
 
     def add_metrics(self: Run, step: int, **values: Any) -> None:
         if at.get(step):
-            fill(folder)
+            fill(folder, leave)
         elif step in at:
             (folder / "filler").unlink()
         real(self, step, **values)

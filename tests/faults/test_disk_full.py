@@ -84,12 +84,14 @@ def test_what_need_not_stay_makes_room_for_the_next_checkpoint(recipe: Path, who
         recipe,
         f"output.dir={disk.folder}/run",
         log=tmp_path / "log",
-        prelude=(fills, disk.holder, disk.folder, {9: True, 30: False}),
+        prelude=(fills, disk.holder, disk.folder, {9: True}, False, 128 * 1024),
     )
     folder = disk.seen_from_here / "run"
     assert done.wait() == 0, done.output
     full = [e for e in events(folder) if e["event"] == "disk full"]
-    assert [(e["step"], e["deleted"]) for e in full][:2] == [(12, ["step-000004"]), (16, ["step-000008"])]
+    assert [(e["step"], *e["deleted"]) for e in full] == [(step, f"step-{step - 8:06d}") for step in (12, 16, 20, 24, 28)] + [
+        (30, "step-000024")
+    ]
     assert not [e for e in events(folder) if e["event"] == "checkpoint failed"]
     assert adapter(folder) == whole
     assert nothing_half(folder)
@@ -128,7 +130,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_said_before_the_first_step(r
         assert "4.0 MiB are free; make room" in done.output.replace("3.9 MiB", "4.0 MiB")
         assert not (disk.seen_from_here / "run" / "checkpoints").exists()
         assert read_json(disk.seen_from_here / "run" / "status.json")["state"] == "failed"
-    with small_disk(tmp_path / "mirror", "1m") as disk:
+    with small_disk(tmp_path / "mirror", "300k") as disk:
         words = ("train.py", recipe, f"output.dir={tmp_path}/run", f"output.mirror={disk.folder}")
         done = run(*words, log=tmp_path / "log2", prelude=(enter, disk.holder))
         assert done.wait() == 2, done.output
@@ -169,7 +171,7 @@ def test_an_evaluation_leaves_no_half_report(recipe: Path, whole: bytes, disk: D
     """Fault 7: full when the report is written: a sentence, the run untouched, and the same command writes it later."""
     shutil.copytree(recipe.parent / "whole", disk.seen_from_here / "run")
     fill(disk.seen_from_here)
-    words = ("evaluate.py", f"{disk.folder}/run", "--num-answers", "0")
+    words = ("evaluate.py", f"{disk.folder}/run", "--answers", "0")
     done = run(*words, log=tmp_path / "log", prelude=(enter, disk.holder))
     assert done.wait() == 2, done.output
     error = done.output.strip().splitlines()[-1]
@@ -202,6 +204,7 @@ def fails_at(number: int, counter: str) -> None:
     os.fsync = fsync
 
 
+PARTS = 10
 SHORT = ("train.max_steps=4", "checkpoints.every_steps=2")
 
 
@@ -216,11 +219,11 @@ def counted(recipe: Path) -> tuple[int, bytes]:
     return int(counter.read_text()), adapter(recipe.parent / "counted")
 
 
-@pytest.mark.parametrize("part", range(12))
+@pytest.mark.parametrize("part", range(PARTS))
 def test_a_write_that_fails_anywhere_costs_at_most_the_start(recipe: Path, counted: tuple[int, bytes], tmp_path: Path, part: int) -> None:
     """Fault 7: the run goes on, or it ends with one sentence and the same command goes on; the result is the same."""
     flushes, wanted = counted
-    number = 1 + part * flushes // 12
+    number = 1 + part * flushes // PARTS
     words = ("train.py", recipe, *SHORT, f"output.dir={tmp_path}/run")
     first = run(*words, log=tmp_path / "log", prelude=(fails_at, number, str(tmp_path / "flushes")))
     assert "Traceback" not in first.output, first.output

@@ -194,7 +194,7 @@ def test_names_made_from_values_stay_inside() -> None:
 
 def test_paths_that_a_person_may_name_work(train: Train, tmp_path: Path, whole: Path) -> None:
     """Fault 23: absolute, unicode and spaces; and a folder that is itself a link to another disk, as on clusters."""
-    scratch = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path  # noqa: S108 - another file system than the temp folder
+    scratch = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
     elsewhere = scratch / f"qlora-suite-test-{os.getpid()}"
     link = tmp_path / "läufe 微调 №1"
     link.symlink_to(elsewhere)
