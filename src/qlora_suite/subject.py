@@ -5,6 +5,7 @@ ours, of_base = renderers_of(subject, manifest)     how it reads a conversation,
 columns_of(subject, dtype, ours, of_base)           the models to compare
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def subject_of(
 
 def _file_name(place: str) -> str:
     """The last part of a path or hub id, fit for a file's name."""
-    last = Path(place).resolve().name if Path(place).exists() else place.rpartition("/")[2]
+    last = Path(place).resolve().name if os.path.exists(place) else place.rpartition("/")[2]  # Path.exists() raises for a long name
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "other"
     return name if len(name) <= LONGEST_REPORT_NAME else f"{name[: LONGEST_REPORT_NAME - 9]}-{hash_of(last)[:8]}"
 
