@@ -23,6 +23,7 @@ from rich.text import Text
 from qlora_suite import dataset
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import parser_for, with_clear_errors
+from qlora_suite.files import errors_name
 from qlora_suite.funnel import LABELS, reading_rows, split_rows
 from qlora_suite.inspection import LENGTHS, inspect, quantiles
 from qlora_suite.preparation import check_replaceable, prepare
@@ -52,7 +53,7 @@ def run(recipe: Recipe, ids: str | None = None, export: str | None = None, stric
         show_funnel(manifest["counts"], recipe)
         say(f"{recipe.data.prepared} is up to date")
         return
-    with selected(recipe, progress, strict) as selection:
+    with errors_name(Path(recipe.data.prepared)), selected(recipe, progress, strict) as selection:
         if ids:
             say(f"wrote {ids}: {write_ids(Path(ids), selection.splits):,} lines")
         if export:

@@ -28,6 +28,7 @@ from qlora_suite.micro_batch import NOTE
 from qlora_suite.preemption import REQUEST
 from qlora_suite.recipe import Recipe, curve_keys, names_files
 from qlora_suite.recipe_file import load
+from qlora_suite.run_place import check_path, check_run_folder
 
 MAX_STARTS = 3
 """From one checkpoint: the first and two restarts. A run that then has made no new checkpoint will not make one by itself."""
@@ -41,7 +42,9 @@ def check(recipe: Recipe, config: Path, nodes: int, processes: int | None) -> No
     """Raises ValueError for what would only show after hours in the queue."""
     values = check_config(config, nodes, processes)
     compatibility.check(recipe, engine_of(values))
+    check_path("output.dir", recipe.output.dir)
     run = Path(recipe.output.dir)
+    check_run_folder(run)
     if (run / "recipe.yaml").is_file():
         then, now = (curve_keys(one) for one in (load(run / "recipe.yaml"), recipe))
         changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and not names_files(key))
@@ -115,7 +118,7 @@ def grid_axis(text: str) -> list[str]:
 def folder_name(overrides: Sequence[str]) -> str:
     """["seed=1", "optim.learning_rate=1e-4"] -> "seed=1,learning_rate=1e-4" """
     short = ",".join(re.sub(r"^[\w.]*\.(?=\w+=)", "", override) for override in overrides)
-    return re.sub(r"[^\w.,=+-]+", "_", short)[:150]
+    return re.sub(r"[^\w.,=+-]+", "_", short).encode()[:150].decode(errors="ignore")
 
 
 # ---- when a job starts and ends ------------------------------------------------------------------------------------------------

@@ -5,9 +5,6 @@ import json
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -398,32 +395,6 @@ def test_weights_of_another_shape_are_refused(save: Save, tiny_base: Path) -> No
     other = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=32, target_modules=["q_proj", "fc1"]))
     with pytest.raises(ValueError, match="do not fit this model"):
         checkpoint.load_weights(save(1), other)
-
-
-# --- the lock
-
-
-def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    code = """
-import pathlib, sys, time
-from qlora_suite.checkpoint import lock
-with lock(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=rf"another run \(process {holder.pid} on .*is writing to"), checkpoint.lock(tmp_path):
-            pass
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        for _ in range(2):
-            with checkpoint.lock(tmp_path):
-                pass
-    finally:
-        holder.kill()
-        holder.wait()
 
 
 # --- the mirror

@@ -80,34 +80,6 @@ def test_a_loss_that_is_not_a_number_is_never_the_best(recipe: Path, monkeypatch
     assert read_json(run / "final" / "chosen.json")["step"] == 3
 
 
-def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_not_the_run(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real, calls = checkpoint.save, []
-
-    def save(*args: object) -> Path:
-        calls.append(1)
-        if len(calls) in (2, 3):
-            raise OSError(28, "No space left on device")
-        return real(*args)
-
-    monkeypatch.setattr(checkpoint, "save", save)
-    run = train(recipe, "evaluation.every_steps=null", "checkpoints.keep=9")
-    assert checkpoint.steps(run / "checkpoints") == [1, 4, 5, 6]
-    assert capsys.readouterr().out.count("FAILED") == 2
-    assert len(metrics(run)) == 6
-
-
-def test_the_last_checkpoint_must_be_written(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(*args: object) -> Path:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save", save)
-    with pytest.raises(OSError, match="No space left"):
-        train(recipe, "evaluation.every_steps=null")
-    assert read_json(Path(recipe.parent / "run" / "status.json"))["state"] == "failed"
-
-
 def test_a_mirror_that_is_gone_does_not_end_the_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "not_a_folder").write_text("")
     run = train(recipe, "evaluation.every_steps=null", f"output.mirror={tmp_path / 'not_a_folder' / 'mirror'}")

@@ -493,7 +493,9 @@ def test_a_manifest_that_is_none_is_answered_with_the_command(script, make_recip
 
 
 @pytest.mark.parametrize("at", ["reading", "tokenising train", "tokenising dev", "checking validation"])
-def test_an_interrupted_preparation_leaves_the_old_data(script, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+def test_an_interrupted_preparation_leaves_the_old_data(
+    script, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
     recipe = load(make_recipe())
     before = prepared(script, recipe)
 
@@ -504,10 +506,10 @@ def test_an_interrupted_preparation_leaves_the_old_data(script, make_recipe: Mak
             yield item
 
     monkeypatch.setattr(script, "progress", progress)
-    (Path(recipe.data.prepared) / "dev.arrow").rename(Path(recipe.data.prepared) / "aside")
+    (Path(recipe.data.prepared) / "dev.arrow").rename(tmp_path / "aside")
     with pytest.raises(KeyboardInterrupt):
         script.run(recipe, None, None)
-    (Path(recipe.data.prepared) / "aside").rename(Path(recipe.data.prepared) / "dev.arrow")
+    (tmp_path / "aside").rename(Path(recipe.data.prepared) / "dev.arrow")
     assert load_manifest(recipe) == before
     assert not list(Path(recipe.data.prepared).parent.glob(".*"))
 

@@ -35,8 +35,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from qlora_suite.disk_space import size_of
 from qlora_suite.engine import Engine
-from qlora_suite.files import complaint_about, file_table, flush, read_json, write_json
+from qlora_suite.files import complaint_about, errors_name, file_table, flush, read_json, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -78,8 +79,8 @@ class State:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a run's folder. Raises ValueError if another process holds it; the kernel lets go when a process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold a run's folder, which is made. Raises ValueError if another process holds it; the kernel lets go when a process dies."""
+    Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)  # a link to a folder that was deleted is no error
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,9 +91,21 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             warnings.warn(f"{folder} is on a file system without locks ({error}); see to it that no second run writes there", stacklevel=2)
         file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.write(_holder_name())
         file.flush()
         yield
+
+
+def is_locked_by_us(folder: Path) -> bool:
+    """Does the folder's lock still name this process? Not if the folder was deleted while it was held."""
+    try:
+        return (folder / ".lock").read_text(encoding="utf-8") == _holder_name()
+    except OSError:
+        return False
+
+
+def _holder_name() -> str:
+    return f"{os.getpid()} on {os.uname().nodename}"
 
 
 @dataclass(frozen=True)
@@ -173,7 +186,8 @@ def save(
         write_tensors({k: v.contiguous() for k, v in learnt.weights.items()}, aside / learnt.file)
         check_weights(aside / learnt.file, learnt.weights, trained=state.step > state.skipped_steps)
         write_tensors(learnt.optimizer, aside / "optimizer.safetensors")
-        tokenizer.save_pretrained(aside)
+        with errors_name(aside):
+            tokenizer.save_pretrained(aside)
         write_json(aside / "state.json", {**asdict(state), "optimizer_numbers": learnt.optimizer_numbers})
         (aside / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         seal(aside)
@@ -261,6 +275,21 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     for step in steps(folder)[:-keep]:
         if step != best:
             shutil.rmtree(folder / f"step-{step:06d}")
+
+
+def make_room(folder: Path, best: int | None) -> list[str]:
+    """On a full disk, delete all but the newest checkpoint that verifies and the best one, if one more will fit then. Their names."""
+    there = steps(folder)
+    newest = next((step for step in reversed(there) if complaint_about_checkpoint(folder / f"step-{step:06d}") is None), None)
+    if newest is None:
+        return []
+    old = [folder / f"step-{step:06d}" for step in there if step < newest and step != best]
+    room = shutil.disk_usage(folder).free + sum(map(size_of, old))
+    if not old or room < 0.95 * size_of(folder / f"step-{newest:06d}"):  # two checkpoints differ by some bytes
+        return []
+    for path in old:
+        shutil.rmtree(path)
+    return [path.name for path in old]
 
 
 def copy_checked(source: Path, target: Path) -> None:

@@ -24,6 +24,7 @@ from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.files import complaint_about, hash_of, read_json, sha256
 from qlora_suite.recipe import Recipe
 from qlora_suite.role_markers import RoleMarkers
+from qlora_suite.run_place import check_path
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -275,6 +276,7 @@ def load_manifest(recipe: Recipe) -> dict[str, Any]:
 
     Raises ValueError, with the command to run, if the data is missing, damaged or stale.
     """
+    check_path("data.prepared", recipe.data.prepared)
     folder = Path(recipe.data.prepared)
     remedy = f"run: python scripts/prepare_data.py {recipe.command_line}"
     if not (folder / MANIFEST).is_file():

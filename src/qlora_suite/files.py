@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,15 +33,33 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """A full disk does not say which one it is: an OSError of the block that names no file names `path`.
+
+    Libraries in Rust (tokenizers, safetensors) raise errors of their own, with the number in their text: those become OSErrors.
+    """
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Give a temporary path; what was written there takes `path`'s place if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield aside
-        flush(aside)
-        aside.replace(path)
-        flush(path.parent)
+        with errors_name(path):
+            yield aside
+            flush(aside)
+            aside.replace(path)
+            flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 

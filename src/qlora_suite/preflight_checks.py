@@ -27,6 +27,7 @@ from qlora_suite.batches import Order, check_division
 from qlora_suite.cards import Card
 from qlora_suite.chat import Renderer
 from qlora_suite.dataset import Rows
+from qlora_suite.disk_space import existing, need_of, size_text
 from qlora_suite.engine import TRACKER_PACKAGES
 from qlora_suite.evaluation import check_dev_rows
 from qlora_suite.files import read_json
@@ -37,13 +38,12 @@ from qlora_suite.module_table import Skeleton
 from qlora_suite.recipe import Recipe
 from qlora_suite.remarks import remarks
 from qlora_suite.role_markers import RoleMarkers
+from qlora_suite.run_place import check_path, check_run_folder
 from qlora_suite.tracking import read_journal
 
 Level = Literal["ok", "look", "fail"]
 ROWS_LOOKED_AT = 500
 LITTLE_SUPERVISED, MANY_CUT, FEW_ENDS, MUCH_PADDING = 0.1, 0.1, 0.5, 0.1
-RUNTIME_FILES = 20 * 2**20
-"""Metrics, previews and logs of a run, generously."""
 TABLED_SIZES = (1e9, 15e9)
 """Weights in matrix products of the models to which the table's rates apply: small ones keep no card busy."""
 SHORTEST_JOB = 10 * 60.0
@@ -128,7 +128,7 @@ def gpus_finding(where: Place, card: Card | None, named: bool) -> Finding:
     """Are there as many GPUs as processes? Only told on the machine that will train."""
     here = torch.cuda.device_count()
     if where.cpu:
-        return Finding("ok", "hardware", f"{os.cpu_count()} CPU cores, {_gib(memory_of_machine())} of memory free")
+        return Finding("ok", "hardware", f"{os.cpu_count()} CPU cores, {size_text(memory_of_machine())} of memory free")
     if card is None:
         return Finding("look", "hardware", "no GPU here and no --card named: nothing is compared with a card", "add e.g. --card t4")
     if not named and here and where.processes > here:
@@ -140,7 +140,7 @@ def gpus_finding(where: Place, card: Card | None, named: bool) -> Finding:
         )
     major, minor = card.capability
     many = f"{where.processes} x " if where.processes > 1 else ""
-    return Finding("ok", "hardware", f"{many}{card.name}, {_gib(card.memory)} as CUDA reports, compute capability {major}.{minor}")
+    return Finding("ok", "hardware", f"{many}{card.name}, {size_text(card.memory)} as CUDA reports, compute capability {major}.{minor}")
 
 
 def precision(where: Place, card: Card | None) -> tuple[torch.dtype, Finding]:
@@ -367,7 +367,7 @@ def memory_finding(estimate: Estimate, memory: int, measured: bool, recipe: Reci
     how = "measured" if measured else "estimated"
     rows = estimate.limit.tokens
     way = f"{rows:,} tokens at once, checkpointing {'on' if estimate.checkpointing else 'off'}"
-    text = f"{_gib(peak)} {how} of {_gib(memory)} ({peak / memory:.0%}; up to {HEADROOM:.0%} is used): {way}"
+    text = f"{size_text(peak)} {how} of {size_text(memory)} ({peak / memory:.0%}; up to {HEADROOM:.0%} is used): {way}"
     if fits(estimate, memory):
         return Finding("ok" if peak < 0.98 * limit else "look", "memory", text, "" if peak < 0.98 * limit else "close: see if it holds")
     remedies = []
@@ -490,25 +490,16 @@ def limit_finding(seconds: float | None, limit: float) -> Finding:
     )
 
 
-def checkpoint_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
-    """Trained weights and AdamW's moments in fp32, and the tokenizer's files."""
-    tokenizer = sum(p.stat().st_size for p in (Path(recipe.data.prepared) / "tokenizer").glob("*"))
-    return 12 * skeleton.num_trained + tokenizer
-
-
 def disk_finding(recipe: Recipe, skeleton: Skeleton) -> Finding:
     """Checkpoints that are kept, one being written, and the result, against what is free."""
     folder = Path(recipe.output.dir)
-    one = checkpoint_bytes(recipe, skeleton)
-    best = 1 if recipe.evaluation.every_steps is not None else 0
-    checkpoints = recipe.checkpoints.keep + best + 1
-    final = one - (10 if recipe.output.final_dtype in ("float16", "bfloat16") else 8) * skeleton.num_trained
-    needed = checkpoints * one + final + RUNTIME_FILES
-    free = shutil.disk_usage(_existing(folder)).free
-    text = f"{_gib(needed)} needed ({checkpoints} checkpoints of {_gib(one)}, result {_gib(final)}), {_gib(free)} free for {folder}"
-    if needed > free:
+    need = need_of(recipe, skeleton.num_trained)
+    free = shutil.disk_usage(existing(folder)).free
+    text = f"{size_text(need.total)} needed ({need}), {size_text(free)} free for {folder}"
+    if need.total > free:
         return Finding("fail", "disk", text, "another output.dir, or checkpoints.keep: 2")
-    return Finding("look" if needed > 0.8 * free else "ok", "disk", text, "nearly full: make room" if needed > 0.8 * free else "")
+    tight = need.total > 0.8 * free
+    return Finding("look" if tight else "ok", "disk", text, "nearly full: make room" if tight else "")
 
 
 # ---- the output folder ----------------------------------------------------------------------------------------------------------------
@@ -516,8 +507,9 @@ def disk_finding(recipe: Recipe, skeleton: Skeleton) -> Finding:
 
 def output_finding(recipe: Recipe, manifest: Mapping[str, Any] | None) -> Finding:
     """Can it be written, is another run at it, and would this one go on there or be refused?"""
+    check_path("output.dir", recipe.output.dir)
     folder = Path(recipe.output.dir)
-    nearest = _existing(folder)
+    nearest = existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         why = "is a file" if nearest.is_file() else "may not be written"
         return Finding("fail", "output", f"{folder}: {nearest} {why}", "set output.dir to a folder of yours on the shared disk")
@@ -525,10 +517,9 @@ def output_finding(recipe: Recipe, manifest: Mapping[str, Any] | None) -> Findin
         return Finding("ok", "output", f"{folder} is new, and can be written")
     if holder := _holder(folder):
         return Finding("fail", "output", f"another run ({holder}) is writing to {folder}", "wait for it, stop it, or set output.dir")
+    check_run_folder(folder)
     status = read_json(folder / "status.json") if (folder / "status.json").is_file() else {}
     steps = checkpoint.steps(folder / "checkpoints")
-    if not status and not steps:
-        return Finding("look", "output", f"{folder} holds files that are of no run", "they stay; set output.dir for a folder of its own")
     then = status.get("identity") or {}
     if manifest is not None and then:
         checkpoint.check_identity(then, run_folder.identity(recipe, manifest), folder)
@@ -556,22 +547,10 @@ def _holder(folder: Path) -> str | None:
     return None
 
 
-def _existing(path: Path) -> Path:
-    """The path, or its nearest ancestor that is there."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def clock(seconds: float) -> str:
     """90 -> "2 min"; 14,400 -> "4 h 00 min"."""
     minutes = max(1, round(seconds / 60))
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -23,11 +23,14 @@ from qlora_suite.parallel import in_order
 from qlora_suite.recipe import Data, Recipe
 from qlora_suite.rendered import Rendered, shorten
 from qlora_suite.role_markers import add_role_markers
+from qlora_suite.run_place import check_path
 from qlora_suite.selection import BAD_ROWS_KEPT, Counts, Progress, Selection, quiet
 from qlora_suite.sources import BadRow
 
 TEMPLATE_SAMPLE = 200
 """Conversations on which the Jinja template is compared with our own ids."""
+PREPARED = {"train.arrow", "dev.arrow", "validation.arrow", "bad_rows.jsonl", "tokenizer", dataset.MANIFEST, ".DS_Store"}
+"""What a folder may hold that is replaced. A checkpoint has a manifest too."""
 
 
 def trimmed(conversations: Iterable[Conversation], counts: Counts, is_text: bool = False) -> Iterator[Conversation]:
@@ -183,7 +186,7 @@ def prepare(
 
     tokeniser = Tokeniser(renderer, recipe.data)
     check_replaceable(recipe)
-    folder = Path(recipe.data.prepared)
+    folder = Path(recipe.data.prepared).resolve()  # a link to another disk stays one
     aside = folder_aside(folder, "tmp")
     counts, bad_rows, example = selection.counts, selection.bad_rows, None
     try:
@@ -237,14 +240,16 @@ def prepare(
 
 
 def check_replaceable(recipe: Recipe) -> None:
-    """Raises ValueError if data.prepared holds something else than prepared data, or lies among the raw data."""
+    """Raises ValueError if data.prepared is no folder's path, holds something else than prepared data, or lies among the raw data."""
+    check_path("data.prepared", recipe.data.prepared)
     folder = Path(recipe.data.prepared)
     for name in dataset.source_names(recipe):
         if Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
             raise ValueError(
                 f"data.prepared: {folder} lies in {name}, so its files would be read as data the next time; name a folder outside"
             )
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / dataset.MANIFEST).is_file()):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (names and dataset.MANIFEST not in names) or names - PREPARED:
         raise ValueError(f"data.prepared: {folder} holds something else, which would be overwritten; remove it or name a folder of its own")
 
 

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_suite import adapter, black_box, checkpoint, compatibility, generation, micro_batch
+from qlora_suite import adapter, black_box, checkpoint, compatibility, disk_space, generation, micro_batch
 from qlora_suite.batches import Limit, Order
 from qlora_suite.checkpoint import State, Trained
 from qlora_suite.dataset import data_hash
 from qlora_suite.engine import Engine
-from qlora_suite.files import write_json, write_text
+from qlora_suite.files import errors_name, write_json, write_text
 from qlora_suite.model import base_fingerprint, load_config, versions
 from qlora_suite.preemption import StopRequest
 from qlora_suite.prequantized import record_of, source_of
@@ -39,12 +39,15 @@ from qlora_suite.ranks import gathered, together
 from qlora_suite.recipe import Recipe, curve_keys, flatten, names_files
 from qlora_suite.recipe_file import to_yaml
 from qlora_suite.remarks import remarks
+from qlora_suite.run_place import check_links, check_mirror, check_path, check_run_folder
 from qlora_suite.tracking import Journal, Status, say, start_trackers, sync_command
 from qlora_suite.watchdog import explain_lost_peers
 
 ON_REQUEST = "on a request to stop"
 SEEN_WITHIN_SECONDS = 60.0
 """A network file system may take its time to show a new file to another node."""
+LONGEST_PAUSE = 64
+"""Steps from a save that failed to the next try, at most: the first comes after one step, and each pause is twice the one before."""
 DATA = "data (hash of rows and tokenizer)"
 BASE = "base (commit, or hash of its files)"
 
@@ -63,24 +66,42 @@ def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_run(recipe: Recipe, accelerator: Accelerator, num_steps: int) -> Iterator["Run"]:
-    """Hold the recipe's output.dir while the run writes to it; an error is noted in status.json before it goes on."""
+    """Hold the recipe's output.dir while the run writes to it; an error is noted in status.json before it goes on.
+
+    Raises ValueError, before anything is written, if it is no place for a run, holds something else, or another run writes to it.
+    """
     path = Path(recipe.output.dir)
     with contextlib.ExitStack() as held:
         with together(accelerator):
             if accelerator.is_main_process:
-                held.enter_context(checkpoint.lock(path))
+                _hold(recipe, path, held)
         _check_shared(path, accelerator)
-        run = Run(recipe, path, accelerator, num_steps)
+        run = Run(recipe, path, accelerator, num_steps, held)
         try:
             with explain_lost_peers():
                 yield run
         except BaseException as error:
-            if accelerator.is_main_process and not run.finished:
+            if accelerator.is_main_process and not run.finished and not run.taken_over:
                 run.status.write("failed", run.step, num_steps, f"{type(error).__name__}: {error}")
             for tracker in accelerator.trackers if accelerator.is_main_process else ():
                 with contextlib.suppress(Exception):
                     tracker.finish()  # or its last numbers would be lost
             raise
+
+
+def _hold(recipe: Recipe, path: Path, held: contextlib.ExitStack) -> None:
+    check_path("output.dir", recipe.output.dir)
+    if recipe.output.mirror is not None:
+        check_mirror(recipe.output.mirror, recipe.output.dir)
+    check_run_folder(path)
+    try:
+        held.enter_context(checkpoint.lock(path))
+        write_text(path / ".shared", " " * 4096)  # a disk that is full would take the lock
+    except OSError as error:
+        raise ValueError(f"output.dir: nothing can be written to {path} ({error}); name a folder of yours, on a disk with room") from None
+    if recipe.output.mirror is not None:
+        with contextlib.suppress(OSError):  # a drive that is not there is said at every save
+            held.enter_context(checkpoint.lock(Path(recipe.output.mirror)))
 
 
 def _check_shared(path: Path, accelerator: Accelerator) -> None:
@@ -106,7 +127,7 @@ def _check_shared(path: Path, accelerator: Accelerator) -> None:
 class Run:
     """The folder of one run. Methods that write do so on the main process alone; all processes call them."""
 
-    def __init__(self, recipe: Recipe, path: Path, accelerator: Accelerator, num_steps: int) -> None:
+    def __init__(self, recipe: Recipe, path: Path, accelerator: Accelerator, num_steps: int, held: contextlib.ExitStack) -> None:
         self.recipe, self.path, self.accelerator, self.num_steps = recipe, path, accelerator, num_steps
         self.main = accelerator.is_main_process
         self.checkpoints = path / "checkpoints"
@@ -115,8 +136,16 @@ class Run:
         done = self.main and self.status.state == "finished" and checkpoint.complaint_about_checkpoint(path / "final") is None
         self.finished: bool = gathered(accelerator, done)[0]
         """The status says so and the result is whole; a damaged result is written again from the last checkpoint."""
-        self.failed_saves = 0
+        self.failed_saves = self.failed_in_a_row = 0
+        self.retry_at: int | None = None
+        """The step at which a save is due, whatever the recipe says: one has failed, or what was saved is gone. The same on all ranks."""
+        self.failed_tracking = 0
         self.resumed_from: Path | None = None
+        self.newest: Path | None = None
+        """The newest checkpoint; main process only, as the next three."""
+        self.taken_over = False
+        self._held = held
+        self._about: dict[str, Any] = {}
 
     # ---- beginning ----------------------------------------------------------------------------------------------------------
 
@@ -131,8 +160,10 @@ class Run:
         """
         with together(self.accelerator):
             if self.main:
-                if self.recipe.output.mirror and not checkpoint.steps(self.checkpoints):
-                    self._restore_from_mirror(Path(self.recipe.output.mirror))
+                if self.recipe.output.mirror:
+                    check_mirrored(Path(self.recipe.output.mirror), now)
+                    if not checkpoint.steps(self.checkpoints):
+                        self._restore_from_mirror(Path(self.recipe.output.mirror))
                 self.resumed_from = checkpoint.latest(self.checkpoints)  # it sets damaged ones aside
         self.resumed_from = found = gathered(self.accelerator, self.resumed_from)[0]
         state = State(identity=dict(now))
@@ -152,6 +183,7 @@ class Run:
                 )
             if found and state.precision not in ("", precision):
                 say(f"not exact: it was computed in {state.precision} and goes on in {precision}")
+            self.newest = found
             self.metrics = Journal(self.path / "metrics.jsonl", state.step)
             self.previews = Journal(self.path / "previews.jsonl", state.step)
             self.status.write("running", state.step, self.num_steps, identity=now)
@@ -169,34 +201,35 @@ class Run:
     def describe(
         self, manifest: Mapping[str, Any], sizes: adapter.Size, engine: Engine, order: Order, *, limit: Limit, checkpointing: bool
     ) -> None:
-        """Say, and keep in run.json, what runs where."""
+        """Say, and keep in run.json, what runs where. Raises ValueError if its checkpoints will not fit on the disk."""
+        with together(self.accelerator):
+            if self.main:
+                disk_space.check_free(self.recipe, sizes.trainable)
         if not self.main:
             return
         world = self.accelerator.num_processes
         servable, because = servable_as(self.recipe, manifest)
         precision = precision_name(engine.dtype)
         rows_per_step = self.recipe.train.rows_per_step
-        write_json(
-            self.path / "run.json",
-            {
-                "recipe": self.recipe.model_dump(mode="json"),
-                "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
-                "parameters": vars(sizes),
-                "base": self.status.identity.get(BASE),
-                "servable_as": servable,
-                "servable_because": because,
-                "precision": precision,
-                "engine": engine.name,
-                "processes": world,
-                "micro_batch": {"rows": limit.rows, "tokens": limit.tokens},
-                "gradient_checkpointing": checkpointing,
-                "hardware": hardware(self.accelerator.device),
-                "versions": {"python": platform.python_version(), **versions()},
-                "git": git_state(),
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "attempt": self.status.attempt,
-            },
-        )
+        self._about = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
+            "parameters": vars(sizes),
+            "base": self.status.identity.get(BASE),
+            "servable_as": servable,
+            "servable_because": because,
+            "precision": precision,
+            "engine": engine.name,
+            "processes": world,
+            "micro_batch": {"rows": limit.rows, "tokens": limit.tokens},
+            "gradient_checkpointing": checkpointing,
+            "hardware": hardware(self.accelerator.device),
+            "versions": {"python": platform.python_version(), **versions()},
+            "git": git_state(),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "attempt": self.status.attempt,
+        }
+        write_json(self.path / "run.json", self._about)
         where = engine.name if world == 1 else f"{_processes(world)} ({engine.name})"
         how = "all weights" if self.recipe.adapter == "none" else "adapter"
         say(f"model      {self.recipe.model.base}, {self.recipe.model.quantization} base, {how}: {sizes}")
@@ -218,14 +251,34 @@ class Run:
     def add_metrics(self, step: int, **values: Any) -> None:
         self.step = step
         if self.main:
-            self.metrics.add({"step": step, "attempt": self.status.attempt, **values})
-            self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+            self._add(self.metrics, {"step": step, "attempt": self.status.attempt, **values})
+            self._track({k: v for k, v in values.items() if isinstance(v, int | float)}, step)
 
     def add_event(self, step: int, event: str, **details: Any) -> None:
         """Note in metrics.jsonl what went wrong without ending the run; `event` is a few words, the same for all of its kind."""
         assert not details.keys() & {"loss", "dev_loss"}, "by which the lines of steps and evaluations are told"
         if self.main:
-            self.metrics.add({"step": step, "attempt": self.status.attempt, "event": event, **details})
+            self._add(self.metrics, {"step": step, "attempt": self.status.attempt, "event": event, **details})
+
+    def _add(self, journal: Journal, record: dict[str, Any]) -> None:
+        """A journal that cannot be written is said once, and noted when it can be: its lines are kept until then."""
+        before = journal.unwritten
+        journal.add(record)
+        if journal.unwritten and not before:
+            say(f"{journal.path.name} CANNOT BE WRITTEN ({journal.error}); its lines are kept and written when the disk takes them")
+        if before and not journal.unwritten:
+            say(f"{journal.path.name} is written again, with the {before} lines that were kept")
+            self.add_event(record["step"], "log could not be written", file=journal.path.name, lines=before, error=journal.error)
+
+    def _track(self, values: dict[str, Any], step: int) -> None:
+        """A tracker that fails costs its numbers, not the run."""
+        try:
+            self.accelerator.log(values, step=step)
+        except Exception as error:  # trackers raise whatever their libraries do
+            self.failed_tracking += 1
+            if self.failed_tracking == 1:
+                say(f"tracking FAILED ({type(error).__name__}: {error}); training goes on, and metrics.jsonl has every number")
+                self.add_event(step, "tracker failed", error=f"{type(error).__name__}: {error}")
 
     def add_anomaly(self, state: State, found: str, box: Mapping[str, Any], loss: float, grad_norm: float, applied: bool) -> None:
         """Say and note a step that went wrong, and keep its black box."""
@@ -284,8 +337,9 @@ class Run:
     def add_preview(self, step: int, answers: Sequence[generation.Answer] | None) -> None:
         """Note the answers of a step; None stands for answers that were cut short."""
         if self.main and answers:
-            self.previews.add(generation.record(step, answers))
-            generation.write_timeline(self.path / "previews.md", self.previews.records)
+            self._add(self.previews, generation.record(step, answers))
+            with contextlib.suppress(OSError):  # it is made from previews.jsonl, whole, each time
+                generation.write_timeline(self.path / "previews.md", self.previews.records)
             say(f"previews at step {step}: {generation.summary(answers)['stopped']:.0%} stop by themselves (previews.md)")
 
     def preview_due(self, state: State, engine: Engine) -> bool:
@@ -308,12 +362,22 @@ class Run:
         if better:
             state.best = {"step": state.step, "loss": loss}
         if self.main:
-            self.metrics.add({"step": state.step, "attempt": self.status.attempt, "dev_loss": loss})
-            self.accelerator.log({"dev_loss": loss}, step=state.step)
+            self._add(self.metrics, {"step": state.step, "attempt": self.status.attempt, "dev_loss": loss})
+            self._track({"dev_loss": loss}, state.step)
             say(f"step {state.step}: development loss {loss:.4f} nats a token" + (" (best so far)" if better else ""))
 
     def reason_to_stop(self, state: State, engine: Engine, request: StopRequest, seconds: float) -> str:
-        """Why the run should end now, agreed by all ranks; empty if it should not."""
+        """Why the run should end now, agreed by all ranks; empty if it should not. Looks after the folder, too.
+
+        Raises ValueError if the folder was deleted and another run is writing there now.
+        """
+        lost, taken_over = engine.sum_over_ranks(*map(float, self._look_after_folder(state.step)))
+        if taken_over:
+            with together(self.accelerator):
+                if self.main:
+                    raise ValueError(f"the folder {self.path} was deleted, and another run is writing there now; this one ends unsaved")
+        if lost:
+            self.retry_at = state.step
         if early := self.reason_to_stop_early(state):
             return early
         limit = self.recipe.stop.after_minutes
@@ -330,49 +394,131 @@ class Run:
     def time_to_save(self, state: State, seconds: float, engine: Engine) -> bool:
         """Is a periodic checkpoint due: by steps, by minutes, or because this is the best so far?"""
         every, minutes = self.recipe.checkpoints.every_steps, self.recipe.checkpoints.every_minutes
-        if every is not None and state.step % every == 0:
-            return True
         if state.best is not None and state.best["step"] == state.step:
+            return True
+        if self.retry_at is not None:  # a disk that is dead must not cost an attempt at every step
+            return state.step >= self.retry_at
+        if every is not None and state.step % every == 0:
             return True
         return minutes is not None and engine.any_rank(seconds >= minutes * 60)
 
     def save(self, state: State, net: nn.Module, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, required: bool) -> bool:
         """Write, verify, mirror; then prune. Was it written?
 
-        A disk that is full for a while must not cost the run: a periodic save that fails is said, counted and tried again. Raises
-        OSError if the run cannot go on without this one (`required`).
+        A disk that is full for a while must not cost the run: a periodic save that fails is said, counted, noted and tried again, after
+        a step, after two more, after four more, ... Raises OSError if the run cannot go on without this one (`required`).
         """
-        saved = True
+        error = None
         state.scaler, state.processes = engine.state(), self.accelerator.num_processes
         state.precision = rounding(self.recipe, engine.dtype)
         learnt = checkpoint.trained(net, engine)
         with together(self.accelerator):
             if learnt is not None:
                 try:
-                    self._save(state, net, learnt, tokenizer)
-                except OSError as error:
+                    self._save_or_make_room(state, net, learnt, tokenizer)
+                except OSError as caught:
+                    error = str(caught)
+                    self.failed_saves += 1
                     if required:
-                        raise
-                    saved, self.failed_saves = False, self.failed_saves + 1
-                    said = f"checkpoint at step {state.step} FAILED ({error}); training goes on from memory"
-                    say(f"{said}, failed so far: {self.failed_saves}")
-        return saved
+                        self.add_event(state.step, "checkpoint failed", error=error, failed_saves=self.failed_saves)
+                        before = f"the newest one is {self.newest.name}" if self.newest else "there is none before it"
+                        raise OSError(
+                            f"the checkpoint of step {state.step} could not be written to {self.checkpoints} ({error}), and {before}; "
+                            "see to the disk, and the same command goes on from there"
+                        ) from caught
+        error = gathered(self.accelerator, error)[0]
+        if error is None:
+            self.failed_in_a_row, self.retry_at = 0, None
+            return True
+        self.failed_in_a_row += 1
+        self.retry_at = state.step + min(2 ** (self.failed_in_a_row - 1), LONGEST_PAUSE)
+        if self.main:
+            said = f"checkpoint at step {state.step} FAILED ({error}); training goes on from memory, next try at step {self.retry_at}"
+            say(f"{said}, failed so far: {self.failed_saves}")
+            self.add_event(state.step, "checkpoint failed", error=error, failed_saves=self.failed_saves, next_try=self.retry_at)
+        return False
 
-    def _save(self, state: State, net: nn.Module, learnt: Trained, tokenizer: PreTrainedTokenizerBase) -> None:
-        source = source_of(self.recipe.model.base) or self.recipe.model  # the published base, not a folder with its quantised form
-        base = (source.base, source.revision)
-        written = checkpoint.save(self.checkpoints, state, net, learnt, tokenizer, to_yaml(self.recipe), base)
+    def _save_or_make_room(self, state: State, net: nn.Module, learnt: Trained, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Save; on a full disk at once again, without the checkpoints that need not stay."""
         best = int(state.best["step"]) if state.best else None
-        checkpoint.prune(self.checkpoints, self.recipe.checkpoints.keep, best)
+        try:
+            written = self._save(state, net, learnt, tokenizer)
+        except OSError as error:
+            deleted = checkpoint.make_room(self.checkpoints, best) if disk_space.is_full(error) else []
+            if not deleted:
+                raise
+            say(f"the disk of {self.path} is FULL: {', '.join(deleted)} deleted to save step {state.step}")
+            self.add_event(state.step, "disk full", error=str(error), deleted=deleted)
+            written = self._save(state, net, learnt, tokenizer)
+        self.newest = written
+        try:
+            checkpoint.prune(self.checkpoints, self.recipe.checkpoints.keep, best)
+        except OSError as error:
+            say(f"an old checkpoint in {self.checkpoints} COULD NOT BE DELETED ({error})")
+            self.add_event(state.step, "old checkpoint could not be deleted", error=str(error))
         self.status.write("running", state.step, self.num_steps)
         if self.recipe.output.mirror:
-            mirror = Path(self.recipe.output.mirror) / "checkpoints"
+            self._mirror(Path(self.recipe.output.mirror), written, state.step, best)
+
+    def _save(self, state: State, net: nn.Module, learnt: Trained, tokenizer: PreTrainedTokenizerBase) -> Path:
+        source = source_of(self.recipe.model.base) or self.recipe.model  # the published base, not a folder with its quantised form
+        base = (source.base, source.revision)
+        refuse_links(self.path)
+        return checkpoint.save(self.checkpoints, state, net, learnt, tokenizer, to_yaml(self.recipe), base)
+
+    def _mirror(self, mirror: Path, written: Path, step: int, best: int | None) -> None:
+        """Copy a checkpoint to the mirror, and prune there. That it fails is said, counted and noted; the next save brings the next."""
+        copies = mirror / "checkpoints"
+        try:
+            refuse_links(mirror)
             try:
-                checkpoint.copy_checked(written, mirror / written.name)
-                checkpoint.prune(mirror, self.recipe.checkpoints.keep, best)
+                checkpoint.copy_checked(written, copies / written.name)
             except OSError as error:
-                self.failed_saves += 1
-                say(f"mirroring {written.name} FAILED ({error}); it is safe in {self.checkpoints}, failed so far: {self.failed_saves}")
+                if not (disk_space.is_full(error) and checkpoint.make_room(copies, best)):
+                    raise
+                checkpoint.copy_checked(written, copies / written.name)
+            checkpoint.prune(copies, self.recipe.checkpoints.keep, best)
+        except OSError as error:
+            if not (copies / written.name / checkpoint.MANIFEST).is_file():  # the manifest goes last
+                shutil.rmtree(copies / written.name, ignore_errors=True)
+            self.failed_saves += 1
+            say(f"mirroring {written.name} FAILED ({error}); it is safe in {self.checkpoints}, failed so far: {self.failed_saves}")
+            self.add_event(step, "mirroring failed", error=str(error), failed_saves=self.failed_saves)
+
+    # ---- if it is deleted ---------------------------------------------------------------------------------------------------
+
+    def _look_after_folder(self, step: int) -> tuple[bool, bool]:
+        """(is a new checkpoint needed, does another run hold the folder?) What was deleted is written anew as far as it is known."""
+        if not self.main:
+            return False, False
+        wanted = [".lock", "status.json", "metrics.jsonl", "recipe.yaml", "run.json"]
+        missing = [name for name in wanted[1:] if not (self.path / name).exists()]
+        locked = checkpoint.is_locked_by_us(self.path)
+        unsaved = self.newest is not None and not (self.newest / checkpoint.MANIFEST).exists()
+        if locked and not missing and not unsaved:
+            return False, False
+        gone = [*([] if locked else wanted[:1]), *missing, *([self.newest.name] if unsaved else [])]
+        try:
+            if not locked:
+                self._held.enter_context(checkpoint.lock(self.path))
+            write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
+            write_json(self.path / "run.json", self._about)
+            if self.previews.records:
+                generation.write_timeline(self.path / "previews.md", self.previews.records)
+            self.status.write("running", step, self.num_steps)
+            self.metrics.flush()
+            self.previews.flush()
+        except OSError as error:
+            if self.retry_at is None:
+                say(f"{self.path} IS GONE ({', '.join(gone)}) and cannot be made anew ({error}); tried again at each step")
+            return self.retry_at is None, False
+        except ValueError:  # another run has come in between
+            self.taken_over = True
+            return False, True
+        self.newest = self.newest if not unsaved else None
+        say(f"files of the run WERE DELETED ({', '.join(gone)}) and are written anew; a checkpoint follows")
+        self.add_event(step, "files of the run were deleted", files=gone)
+        return True, False
 
     # ---- end ----------------------------------------------------------------------------------------------------------------
 
@@ -382,7 +528,10 @@ class Run:
             pass
         if self.main:
             for tracker in self.accelerator.trackers:
-                tracker.finish()
+                try:
+                    tracker.finish()
+                except Exception as error:
+                    say(f"tracker {tracker.name} FAILED at its end ({type(error).__name__}: {error})")
             if command := sync_command(self.recipe.tracking.trackers, self.path):
                 say(f"offline     the tracker's files can be sent from a machine with a network: {command}")
             request.honoured()
@@ -390,7 +539,7 @@ class Run:
 
     def _end(self, state: State, net: nn.Module, tokenizer: PreTrainedTokenizerBase, outcome: str) -> None:
         if (state.step < self.num_steps or self.evaluation_due(state)) and not outcome.startswith("early"):
-            self.status.write("stopped", state.step, self.num_steps, outcome)
+            self._write_status("stopped", state.step, outcome)
             say(f"stopped {outcome}, at step {state.step} of {self.num_steps}; the same command goes on from there")
             return
         chosen = int(state.best["step"]) if state.best else state.step
@@ -398,32 +547,59 @@ class Run:
         folder = self.checkpoints / f"step-{chosen:06d}"
         if chosen != state.step and (complaint := checkpoint.complaint_about_checkpoint(folder)):
             chosen, why = state.step, f"the last step, for the best checkpoint ({folder.name}) is damaged: {complaint}"
-        self._write_final(self.checkpoints / f"step-{chosen:06d}", net, tokenizer, {"step": chosen, "chosen_by": why})
+        source, choice = self.checkpoints / f"step-{chosen:06d}", {"step": chosen, "chosen_by": why}
+        try:
+            try:
+                self._write_final(source, net, tokenizer, choice)
+            except OSError as error:
+                if not (disk_space.is_full(error) and checkpoint.make_room(self.checkpoints, chosen)):
+                    raise
+                self._write_final(source, net, tokenizer, choice)
+        except OSError as error:
+            raise OSError(
+                f"the result could not be written to {self.path / 'final'} ({error}); every step is saved ({self.newest.name}): see to the "
+                "disk, and the same command writes it"
+            ) from error
+        self._write_status("finished", state.step, outcome)
         self.finished = True
-        self.status.write("finished", state.step, self.num_steps, outcome)
         say(f"finished: {self.path / 'final'} holds step {chosen} ({why})")
+
+    def _write_status(self, state: str, step: int, reason: str) -> None:
+        """The last word: other programs rely on it. Raises OSError if the disk does not take it, or lacks lines of the journals."""
+        written = self.metrics.flush() and self.previews.flush()
+        if not (self.status.write(state, step, self.num_steps, reason) and written):
+            why = self.status.error or self.metrics.error or self.previews.error
+            raise OSError(f"step {step} is saved, but not all that it notes in {self.path} ({why}); see to the disk, and start again")
 
     def _write_final(self, source: Path, net: nn.Module, tokenizer: PreTrainedTokenizerBase, choice: dict[str, Any]) -> None:
         """The result, from a checkpoint's files: `net` may be sharded by now, and tells only how the weights are to be laid out."""
         final, aside = self.path / "final", self.path / ".final.tmp"
+        refuse_links(self.path)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        if isinstance(net, PeftModel):
-            for name in (checkpoint.ADAPTER, CONFIG_NAME):
-                shutil.copyfile(source / name, aside / name)
-            checkpoint.check_weights(aside / checkpoint.ADAPTER, load_file(source / checkpoint.ADAPTER), trained=True)
-        else:
-            dtype = getattr(torch, self.recipe.output.final_dtype or "float32")
-            weights = {name: tensor.to(dtype) for name, tensor in load_file(source / checkpoint.WEIGHTS).items()}
-            save_pretrained(net, aside, weights)
-            config = load_config(self.recipe.model)  # as its maker wrote it: ours was changed for training
-            config.architectures, config.dtype = [model_class(net).__name__], dtype
-            config.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        write_json(aside / "chosen.json", choice)
-        checkpoint.seal(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        try:
+            with errors_name(final):
+                if isinstance(net, PeftModel):
+                    for name in (checkpoint.ADAPTER, CONFIG_NAME):
+                        shutil.copyfile(source / name, aside / name)
+                    checkpoint.check_weights(aside / checkpoint.ADAPTER, load_file(source / checkpoint.ADAPTER), trained=True)
+                else:
+                    dtype = getattr(torch, self.recipe.output.final_dtype or "float32")
+                    weights = {name: tensor.to(dtype) for name, tensor in load_file(source / checkpoint.WEIGHTS).items()}
+                    save_pretrained(net, aside, weights)
+                    config = load_config(self.recipe.model)  # as its maker wrote it: ours was changed for training
+                    config.architectures, config.dtype = [model_class(net).__name__], dtype
+                    config.save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
+                write_json(aside / "chosen.json", choice)
+                checkpoint.seal(aside)
+                if final.exists() and checkpoint.complaint_about_checkpoint(final) is None:
+                    shutil.rmtree(final)
+                elif final.exists():  # damaged, or somebody's own
+                    say(f"{final} is set aside as {checkpoint.set_aside(final).name}: it is no whole result")
+                aside.rename(final)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _restore_from_mirror(self, mirror: Path) -> None:
         """A machine that lost its disk goes on from the mirror."""
@@ -436,6 +612,28 @@ class Run:
                 aside = self.checkpoints / f".{source.name}.tmp"  # a copy cut short must not look like a damaged checkpoint
                 checkpoint.copy_checked(source, aside)
                 aside.rename(self.checkpoints / source.name)
+
+
+def check_mirrored(mirror: Path, now: Mapping[str, Any]) -> None:
+    """Raises ValueError if the mirror holds the checkpoints of another run, which this one would prune."""
+    try:
+        found = checkpoint.steps(mirror / "checkpoints")
+        then = checkpoint.read_state(mirror / "checkpoints" / f"step-{found[-1]:06d}").identity if found else now
+    except (OSError, ValueError, TypeError):  # not there, or damaged
+        return
+    if differs := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
+        raise ValueError(
+            f"output.mirror: {mirror} holds checkpoints of another run (its {', '.join(differs[:3])} differ), which this one would prune; "
+            "name a folder of its own"
+        )
+
+
+def refuse_links(folder: Path) -> None:
+    """`check_links` for a run that is under way: OSError, as for a disk that does not take a save."""
+    try:
+        check_links(folder)
+    except ValueError as error:
+        raise OSError(str(error)) from None
 
 
 def _scalars(recipe: Recipe) -> dict[str, Any]:

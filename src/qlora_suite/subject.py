@@ -5,6 +5,7 @@ ours, of_base = renderers_of(subject, manifest)     how it reads a conversation,
 columns_of(subject, dtype, ours, of_base)           the models to compare
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora_suite.adapter import adapter_folder
 from qlora_suite.chat import Renderer
 from qlora_suite.checkpoint import complaint_about_checkpoint
-from qlora_suite.files import read_json
+from qlora_suite.files import hash_of, read_json
 from qlora_suite.model import base_fingerprint, check_reachable, load_config, load_tokenizer
 from qlora_suite.prequantized import quantization_of, record_of, source_of
 from qlora_suite.recipe import Chat, Model, Recipe
@@ -28,6 +29,8 @@ from qlora_suite.tracking import say
 
 PLAIN_FORMATS = ("human_assistant", "instruct_output")
 """In which a base that has never seen our markers may do better."""
+LONGEST_REPORT_NAME = 100
+"""In characters: a name that no file system takes would show after the scoring."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -95,8 +98,9 @@ def subject_of(
 
 def _file_name(place: str) -> str:
     """The last part of a path or hub id, fit for a file's name."""
-    last = Path(place).resolve().name if Path(place).exists() else place.rpartition("/")[2]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "other"
+    last = Path(place).resolve().name if os.path.exists(place) else place.rpartition("/")[2]  # Path.exists() raises for a long name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "other"
+    return name if len(name) <= LONGEST_REPORT_NAME else f"{name[: LONGEST_REPORT_NAME - 9]}-{hash_of(last)[:8]}"
 
 
 def renderers_of(subject: Subject, manifest: dict[str, Any]) -> tuple[Renderer, dict[str, Renderer]]:

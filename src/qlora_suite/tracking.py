@@ -1,5 +1,6 @@
 """What a run says of itself: a progress bar, metrics.jsonl, previews and status.json, and accelerate's trackers when asked."""
 
+import contextlib
 import json
 import math
 import os
@@ -23,8 +24,9 @@ LINE_EVERY_SECONDS = 15.0
 
 
 def say(text: str) -> None:
-    """A line for the reader, above the progress bar if there is one."""
-    console.print(text, markup=False)
+    """A line for the reader, above the progress bar if there is one. A log on a full disk, or a terminal that is gone, ends nothing."""
+    with contextlib.suppress(OSError):
+        console.print(text, markup=False)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -39,6 +41,8 @@ class Journal:
     """An append-only JSONL file, cut back when a run resumes from an earlier step, so that nothing stands in it twice.
 
     Records with an `event` stay: a disk that was full at a step that is done again was full all the same.
+
+    What a full disk does not take is written with the next record; a file that was removed or damaged meanwhile is written anew.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -46,14 +50,51 @@ class Journal:
         self.records: list[dict[str, Any]] = [
             r for r in read_journal(path) if "event" in r or (isinstance(r.get("step"), int) and r["step"] <= step)
         ]
-        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records))
+        self.unwritten = 0
+        """Of the last records: how many are not in the file."""
+        self.error = ""
+        """Why."""
+        self._write_anew()
 
     def add(self, record: dict[str, Any]) -> None:
         """Numbers that are not finite become null, which JSON has a word for."""
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.records.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self.unwritten += 1
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write what is not written yet. False if the disk still does not take it."""
+        try:
+            if not self.path.exists() or self.path.stat().st_size != self._size:
+                self._write_anew()
+            elif self.unwritten:
+                self._append(_lines(self.records[-self.unwritten :]))
+        except OSError as error:
+            self.error = str(error)
+            return False
+        self.unwritten = 0
+        return True
+
+    def _append(self, text: str) -> None:
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self._size)
+            try:
+                left = memoryview(text.encode())
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(self._size)  # half a line would spoil the next
+                raise
+            self._size = file.tell()
+
+    def _write_anew(self) -> None:
+        write_text(self.path, _lines(self.records))
+        self._size = self.path.stat().st_size
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -84,12 +125,20 @@ class Status:
         self.attempt: int = before.get("attempt", 0) + 1
         self.identity: dict[str, Any] = before.get("identity", {})
         """What the run was started as, so that a finished one can tell whether it is asked for again."""
+        self.error = ""
+        """Why the last state could not be written; empty if it was."""
 
-    def write(self, state: str, step: int, num_steps: int, reason: str = "", identity: Mapping[str, Any] | None = None) -> None:
-        """`state` is `running`, `stopped` (the same command goes on), `finished` or `failed`."""
+    def write(self, state: str, step: int, num_steps: int, reason: str = "", identity: Mapping[str, Any] | None = None) -> bool:
+        """`state` is `running`, `stopped` (the same command goes on), `finished` or `failed`. False if the disk does not take it."""
         self.state, self.identity = state, dict(identity) if identity is not None else self.identity
         values = {"state": state, "reason": reason, "step": step, "num_steps": num_steps, "attempt": self.attempt}
-        write_json(self.path, {**values, "identity": self.identity})
+        try:
+            write_json(self.path, {**values, "identity": self.identity})
+        except OSError as error:
+            self.error = str(error)
+            return False
+        self.error = ""
+        return True
 
 
 def start_trackers(accelerator: Accelerator, project: str, folder: Path, config: Mapping[str, Any]) -> None:
