@@ -48,7 +48,7 @@ class Journal:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = [
-            r for r in read_journal(path) if "event" in r or (isinstance(r.get("step"), int) and r["step"] <= step)
+            r for r in read_journal(path) if isinstance(r.get("step"), int) and ("event" in r or r["step"] <= step)
         ]
         self.unwritten = 0
         """Of the last records: how many are not in the file."""
@@ -104,7 +104,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_bytes().split(b"\n"):  # splitlines() would also cut at U+2028 inside an answer
         try:
-            record = json.loads(line.decode())
+            record = json.loads(line.decode(), parse_constant=_no_json)
             if b"\\u" in line:  # half of a surrogate pair could be written to no file again
                 json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
@@ -112,6 +112,10 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON, and is never written here")
 
 
 class Status:

@@ -50,7 +50,16 @@ def test_a_damaged_line_of_a_journal_costs_no_other(tmp_path: Path) -> None:
     """Fault 5: a bit that flipped in metrics.jsonl must not take the steps after it when the run goes on."""
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"step": n, "loss": 1.0}).encode() for n in range(1, 7)]
-    damaged = [whole[0], b'{"step": 2, "lo\xffs": 1.0}', b'{"step": 3, "loss', b'"text"', b'{"step": "5"}', whole[5], b'{"step": 7, "lo']
+    damaged = [
+        whole[0],
+        b'{"step": 2, "lo\xffs": 1.0}',
+        b'{"step": 3, "loss',
+        b'{"step": 4, "loss": NaN}',
+        b'"text"',
+        b'{"step": "5"}',
+        whole[5],
+        b'{"step": 7, "lo',
+    ]
     path.write_bytes(b"\n".join(damaged))
     assert [record["step"] for record in read_journal(path)] == [1, "5", 6]
     journal = Journal(path, step=6)
