@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from qlora_suite.leaks import holds_token, refuse_tokens, secrets_of_environment
 from qlora_suite.recipe import Recipe
 
 FOREIGN = {
@@ -114,6 +115,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise ValueError(
             f"{path} is an accelerate config, not a recipe; accelerate launch takes it as --config_file, slurm/submit.sh as CONFIG"
         )
+    refuse_tokens(overrides)
     for override in overrides:
         _apply(tree, override)
     recipe = from_dict(tree, f"{path} with {' '.join(overrides)}" if overrides else str(path))
@@ -123,6 +125,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
 def from_dict(tree: dict[str, Any], name: str = "recipe") -> Recipe:
     """Validate a nested dict; `name` stands in the message. Raises ValueError with every complaint at once."""
+    known = secrets_of_environment()
+    for path, text in _texts(tree):
+        if holds_token(text, known):
+            raise ValueError(
+                f"{name}: {path} holds what looks like a token, and a recipe is copied into every run; take it out and set HF_TOKEN (or "
+                "the tracker's own variable) in the environment"
+            )
     try:
         return Recipe.model_validate(_tuples(tree))
     except ValidationError as error:
@@ -159,6 +168,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             tree[section] = {}
         tree = tree[section]
     tree[last] = _parse_yaml(text, override)
+
+
+def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a tree, with the path of its key; a key is a text too, at the path of what holds it."""
+    if isinstance(value, str):
+        yield path or "a key", value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield path or "a key", str(key)
+            yield from _texts(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _texts(inner, f"{path}.{i}")
 
 
 def _tuples(value: Any) -> Any:
