@@ -147,5 +147,5 @@ def _check_places(config: AdapterConfig, names: Any, of_lora: Mapping[str, tuple
     ]
     if lacking:
         strange = [f"{PREFIX}{place}" for place in of_lora if place not in modules]
-        beside = f"; it has what the base has no place for: {', '.join(strange[:3])} ({len(strange)} in all)" if strange else ""
+        beside = f"; it has what the base has no place for {', '.join(strange[:3])} ({len(strange)} in all)" if strange else ""
         raise ValueError(f"it lacks what its {CONFIG_NAME} names: {', '.join(lacking[:3])} ({len(lacking)} in all){beside}")

@@ -51,7 +51,8 @@ def _render(source: str) -> str | None:
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = json.dumps
-    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: form, bos_token="<s>", eos_token="</s>")
+    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: form)
+    environment.globals.update(dict.fromkeys(("bos_token", "eos_token"), "<s>"))
     for messages, prompt in ((CONVERSATION, False), (CONVERSATION[:1], True), (CONVERSATION[:-1], True)):
         written = 0
         try:
