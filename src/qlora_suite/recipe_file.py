@@ -69,6 +69,11 @@ FOREIGN.update(dict.fromkeys(("sequence_len", "cutoff_len"), FOREIGN["max_seq_le
 FOREIGN.update(dict.fromkeys(("sample_packing", "neat_packing"), "here it is data.packing"))
 
 
+LARGEST, DEEPEST = 1_000_000, 50
+_OPENING = (yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-4` as a string because it lacks a dot, where people mean the number, and takes the last of two equal keys."""
 
@@ -102,13 +107,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ValueError(f"there is no recipe at {path} (working folder: {Path.cwd()}){hint}")
-    if path.stat().st_size > 1_000_000:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a recipe has a few thousand")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
-    tree = _parse_yaml(text, str(path))
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} does not hold keys and values")
     if "distributed_type" in tree:
@@ -145,17 +144,39 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def read_yaml(path: Path) -> Any:
+    """What a small YAML file holds, whoever wrote it. Raises ValueError for what is none, and for what would take long to read."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a recipe has a few thousand")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    return _parse_yaml(text, str(path))
+
+
 def _parse_yaml(text: str, name: str) -> Any:
     try:
-        # Aliases let a file of a few lines expand into gigabytes; recipes have no use for them.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise yaml.YAMLError("aliases (*name) are not allowed in recipes")
+        _check_tokens(text)
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one number format more
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-99-99
         said = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
         raise ValueError(f"{name} is not valid YAML: {said}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deep; a recipe has sections and keys") from None
+
+
+def _check_tokens(text: str) -> None:
+    """Raises YAMLError for aliases, which let a few lines expand into gigabytes, and RecursionError long before Python does: the
+    scanner takes minutes for a deep file.
+    """
+    depth = 0
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.YAMLError("aliases (*name) are not allowed here")
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > DEEPEST:
+            raise RecursionError
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
