@@ -181,8 +181,8 @@ def _check_tokens(text: str) -> None:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
-    if not sign or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise ValueError(f"{override!r} is not an override; write key=value, e.g. optim.learning_rate=1e-4")
+    if not sign or not re.fullmatch(r"\w+(\.\w+)*", key) or key.count(".") > DEEPEST:
+        raise ValueError(f"{override!r:.200} is not an override; write key=value, e.g. optim.learning_rate=1e-4")
     *sections, last = key.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):

@@ -50,3 +50,23 @@ def without_memory_to_spare(gib: float) -> None:
     """A prelude: the process may take so much memory more than it has, and no more."""
     now = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (now + int(gib * 2**30),) * 2)
+
+
+def hub_that_tells(kind: str, token: str) -> None:
+    """A prelude: reading a base fails, with an error that holds the token, as one that repeats a request's headers does."""
+    from transformers import AutoConfig
+
+    def fail(*_: object, **__: object) -> None:
+        raise {"OSError": OSError, "RuntimeError": RuntimeError, "KeyError": KeyError}[kind](f"401 for authorization: Bearer {token}")
+
+    AutoConfig.from_pretrained = fail
+
+
+def library_that_tells(token: str) -> None:
+    """A prelude: what every script calls first fails, in a way that nobody expects."""
+    import qlora_suite.recipe_file
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(f"no way to send {token}")
+
+    qlora_suite.recipe_file.read_yaml = fail
