@@ -72,6 +72,8 @@ def load_base(model: recipes.Model, dtype: torch.dtype, device: torch.device, qu
     Raises ValueError if weights are missing, left over or newly initialised, or quantised in another way than the recipe asks for,
     and OutOfMemoryError if a GPU is too small.
     """
+    if model.quantization != "none":
+        _check_bitsandbytes(model.quantization)
     config = load_config(model)
     prepare_config(config)
     if model.random_init:
@@ -116,6 +118,17 @@ def load_base(model: recipes.Model, dtype: torch.dtype, device: torch.device, qu
         _take_precision(loaded, dtype)
     _keep_4bit_layout(loaded)
     return loaded
+
+
+def _check_bitsandbytes(quantization: str) -> None:
+    """Raises ValueError if it cannot be used, before transformers says that it is too old, or missing, or without CUDA."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # it loads a library of its own, and raises whatever that raises
+        raise ValueError(
+            f"model.quantization: {quantization} needs bitsandbytes, which cannot be imported ({type(error).__name__}: {error}); "
+            "pip install -r requirements.txt, or set model.quantization: none"
+        ) from error
 
 
 def _times_memory_was_short(device: torch.device) -> int:

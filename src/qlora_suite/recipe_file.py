@@ -67,6 +67,8 @@ FOREIGN.update(dict.fromkeys(("lr_scheduler", "scheduler"), FOREIGN["lr_schedule
 FOREIGN["quantization_bit"] = FOREIGN["load_in_4bit"]
 FOREIGN.update(dict.fromkeys(("sequence_len", "cutoff_len"), FOREIGN["max_seq_length"]))
 FOREIGN.update(dict.fromkeys(("sample_packing", "neat_packing"), "here it is data.packing"))
+_ATTENTION = "attention is torch's own, whose kernel follows the card (FlashAttention where it has one)"
+FOREIGN.update(dict.fromkeys(("attn_implementation", "flash_attn", "flash_attention", "use_flash_attention_2"), _ATTENTION))
 
 
 LARGEST, DEEPEST = 1_000_000, 50

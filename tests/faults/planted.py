@@ -5,6 +5,7 @@ Functions below are preludes of tests/processes.py too, so they are in a module 
 
 import pickle
 import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -70,3 +71,29 @@ def library_that_tells(token: str) -> None:
         raise RuntimeError(f"no way to send {token}")
 
     qlora_suite.recipe_file.read_yaml = fail
+
+
+def without_bitsandbytes() -> None:
+    """A prelude: the package is not there, or its library does not load."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+        del sys.modules[name]
+
+    class Hidden:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name.partition(".")[0] == "bitsandbytes":
+                raise ImportError("libbitsandbytes: no kernel image")
+
+    sys.meta_path.insert(0, Hidden())
+
+
+def on_a_t4() -> None:
+    """A prelude: a GPU of compute capability 7.5, of which torch says that it knows bf16."""
+    from qlora_suite import engine
+
+    def take_the_card(state: object) -> None:
+        state.device = torch.device("cuda", 0)
+
+    torch.cuda.get_device_capability = lambda *_: (7, 5)
+    torch.cuda.get_device_name = lambda *_: "Tesla T4"
+    torch.cuda.is_bf16_supported = lambda *_: True
+    engine._check_device = take_the_card
