@@ -176,7 +176,7 @@ def base_fingerprint(model: recipes.Model) -> str:
     """
     folder = Path(model.base)
     if not folder.is_dir():
-        return f"{model.base}@{getattr(load_config(model), '_commit_hash', None) or model.revision}"
+        return f"{model.base}@{hub_commit(model) or model.revision}"
     if record := prequantized.record_of(model.base):
         prequantized.check_files(model.base, record)
         return record["source"]["fingerprint"]
@@ -184,6 +184,11 @@ def base_fingerprint(model: recipes.Model) -> str:
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def hub_commit(model: recipes.Model) -> str | None:
+    """The hub's commit that the base is read from; None for a folder of this machine."""
+    return None if Path(model.base).is_dir() else getattr(load_config(model), "_commit_hash", None)
 
 
 def check_reachable(model: recipes.Model) -> None:

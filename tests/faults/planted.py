@@ -55,12 +55,12 @@ def without_memory_to_spare(gib: float) -> None:
 
 def hub_that_tells(kind: str, token: str) -> None:
     """A prelude: reading a base fails, with an error that holds the token, as one that repeats a request's headers does."""
-    from transformers import AutoConfig
+    from transformers import AutoTokenizer
 
     def fail(*_: object, **__: object) -> None:
         raise {"OSError": OSError, "RuntimeError": RuntimeError, "KeyError": KeyError}[kind](f"401 for authorization: Bearer {token}")
 
-    AutoConfig.from_pretrained = fail
+    AutoTokenizer.from_pretrained = fail
 
 
 def library_that_tells(token: str) -> None:

@@ -111,8 +111,8 @@ def test_a_failing_call_does_not_tell_the_token(
 def test_the_traceback_of_an_unexpected_error_does_not_tell_the_token(
     script: str, work: Path, recipe: Path, environment: dict[str, str]
 ) -> None:
-    more = {"preflight.py": ["--config", "accelerate_configs/cpu.yaml"], "quantize_base.py": [work / "never"]}.get(script, [])
-    done = ended(work, script, recipe, *more, prelude=(library_that_tells, OF_NO_LOOK), **environment)
+    more = {"preflight.py": ["--config", "accelerate_configs/cpu.yaml"], "quantize_base.py": [work / "never"], "generate.py": ["Who?"]}
+    done = ended(work, script, recipe, *more.get(script, []), prelude=(library_that_tells, OF_NO_LOOK), **environment)
     assert done.process.exitcode == 1, done.output
     assert "RuntimeError: no way to send [token]" in done.output
     assert found_in(done.output) == []
@@ -121,14 +121,18 @@ def test_the_traceback_of_an_unexpected_error_does_not_tell_the_token(
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_token_on_the_command_line_is_refused_and_not_repeated(script: str, work: Path, environment: dict[str, str]) -> None:
+ARGUMENTS = (f"--unknown={PLANTED['OPENAI_API_KEY']}", f"data.source={OF_A_FILE}", OF_NO_LOOK, "--hf-token=x", "--token")
+
+
+@pytest.mark.parametrize(("script", "argument"), [(s, ARGUMENTS[0]) for s in SCRIPTS] + [("train.py", a) for a in ARGUMENTS[1:]])
+def test_a_token_on_the_command_line_is_refused_and_not_repeated(
+    script: str, argument: str, work: Path, environment: dict[str, str]
+) -> None:
     """By every script, before it reads anything else: by its look, by its value, by the name of an option."""
-    for argument in (f"data.source={OF_A_FILE}", f"--unknown={PLANTED['OPENAI_API_KEY']}", OF_NO_LOOK, "--hf-token=x", "--token"):
-        done = ended(work, script, "recipe.yaml", argument, **environment)
-        assert done.process.exitcode == 2, done.output
-        assert "a token does not belong on the command line" in done.output
-        assert found_in(done.output) == []
+    done = ended(work, script, "recipe.yaml", argument, **environment)
+    assert done.process.exitcode == 2, done.output
+    assert "a token does not belong on the command line" in done.output
+    assert found_in(done.output) == []
 
 
 def test_a_token_of_the_file_alone_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
