@@ -58,7 +58,7 @@ def load_tokenizer(model: recipes.Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.base, revision=model.revision, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower for a damaged tokenizer.json
-        raise ValueError(_cannot_load(model, error, "tokenizer")) from error
+        raise ValueError(_cannot_load(model, error, "tokenizer" if Path(model.base).is_dir() else "base model")) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {model.base} has no end token, so a model could not learn to stop; give it an eos_token")
     return tokenizer

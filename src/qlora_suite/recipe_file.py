@@ -92,7 +92,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around a text that `_Loader` would take for a number."""
+    """Puts quotes around a text that `_Loader` would take for a number, and escapes the line breaks of Unicode, which YAML folds."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if re.search("[\x85\u2028\u2029]", text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 for _yaml in (_Loader, _Dumper):
