@@ -79,7 +79,7 @@ def arguments() -> ArgumentParser:
     parser = parser_for(__doc__)
     parser.add_argument("target", type=Path, help="a run's folder or a recipe's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id) to put on the recipe's base")
+    parser.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id[@revision]) to put on the recipe's base")
     parser.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) instead of the recipe's base")
     parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
     parser.add_argument("--terminal", action="store_true", help="talk here instead of in a browser")

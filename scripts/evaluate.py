@@ -36,7 +36,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import nn
 
 from qlora_suite import dataset
-from qlora_suite.adapter import adapter_folder, load_adapter
+from qlora_suite.adapter import adapter_commit, adapter_folder, load_adapter
 from qlora_suite.assistant import load as load_assistant
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
@@ -53,7 +53,7 @@ from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, excerpts, release_
 from qlora_suite.files import hash_of, read_json, sha256, write_json, write_text
 from qlora_suite.harness import Benchmarks, harness_scores
 from qlora_suite.incidents import incidents
-from qlora_suite.model import base_fingerprint, load_base, load_config, versions
+from qlora_suite.model import base_fingerprint, hub_commit, load_base, load_config, versions
 from qlora_suite.preparation import tokenizer_hash
 from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
@@ -133,6 +133,11 @@ def run(
                 "made_by": {**versions(), "precision": str(dtype).removeprefix("torch."), **hardware(accelerator.device)},
                 "weights": weight_hashes(subject.adapter),
                 "incidents": incidents(journals.get("metrics", [])),
+                "commits": {
+                    "base": hub_commit(recipe.model),
+                    "adapter": adapter_commit(subject.adapter) if subject.adapter else None,
+                    "model": hub_commit(Model(base=subject.model)) if subject.model else None,
+                },
                 "answers": answers,
                 "lm_eval": benchmarked(subject, benchmarks, accelerator.device, dtype) if benchmarks else None,
             }
@@ -420,7 +425,7 @@ def parser() -> argparse.ArgumentParser:
     made = parser_for(__doc__)
     made.add_argument("target", type=Path, nargs="?", help="a recipe's YAML file or a run's folder")
     made.add_argument("overrides", nargs="*", metavar="key=value")
-    made.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id) to put on the recipe's base")
+    made.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id[@revision]) to put on the recipe's base")
     made.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
     made.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
     made.add_argument("--answers", type=int, metavar="N", help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})")

@@ -179,7 +179,7 @@ def arguments() -> ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="prompt", help="what to ask; words like data.max_length=512 override the recipe")
     parser.add_argument("--file", type=Path, metavar="PROMPTS", help="a prompt a line, or .jsonl")
     parser.add_argument("--base", action="store_true", help="take the run's adapter off and ask its base")
-    parser.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id) to put on the recipe's base")
+    parser.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id[@revision]) to put on the recipe's base")
     parser.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) instead of the recipe's base")
     parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt, where the format has a place for one")

@@ -17,7 +17,6 @@ The token comes from HF_TOKEN or from `hf auth login`, never from the command li
 otherwise. Everything goes in one commit: after a broken connection the same command starts over.
 """
 
-import sys
 from pathlib import Path
 
 from rich.table import Table
@@ -28,7 +27,7 @@ from qlora_suite.files import read_json
 from qlora_suite.hub_folder import CARD, Result, build, form_of, listing, report_of
 from qlora_suite.hub_space import HARDWARE, build_space
 from qlora_suite.hub_upload import push
-from qlora_suite.leaks import cleaned, machine_roots, refuse_tokens
+from qlora_suite.leaks import cleaned, machine_roots
 from qlora_suite.model_card import hub_datasets, languages_of, model_card, serving_lines
 from qlora_suite.subject import subject_of
 from qlora_suite.tracking import console, say
@@ -120,7 +119,6 @@ def main() -> None:
     parser.add_argument("--no-reports", action="store_true", help="leave the report's files out: they quote the validation split")
     parser.add_argument("--space", action="store_true", help="also a chat page, as a Gradio Space")
     parser.add_argument("--space-hardware", choices=HARDWARE, help="what the Space runs on (cpu)")
-    with_clear_errors(lambda: refuse_tokens(sys.argv[1:]), debug=False)  # before argparse, which repeats what it does not know
     args = parser.parse_args()
     with_clear_errors(lambda: run(args), debug=args.debug)
 

@@ -524,9 +524,12 @@ def test_an_adapter_on_the_hub_without_a_tokenizer_gets_the_bases(finished: Path
     for path in folder.glob("*token*"):
         path.unlink()
     name = hub(folder)
-    report = evaluate(finished, f"output.dir={tmp_path / 'out'}", adapter=name, chat="instruct_output")
+    report = evaluate(finished, f"output.dir={tmp_path / 'out'}", adapter=f"{name}@main", chat="instruct_output")
     assert report["adapter"]["format"] == "instruct_output"
-    assert (tmp_path / "out" / "report-lora.md").is_file()
+    assert report["commits"] == {"base": None, "adapter": "0" * 40, "model": None}
+    assert (tmp_path / "out" / "report-lora-main.md").is_file()
+    with pytest.raises(ValueError, match=rf"cannot find the adapter {name}@v2"):
+        evaluate(finished, f"output.dir={tmp_path / 'out'}", adapter=f"{name}@v2")
     broken = hub(damaged(finished, tmp_path / "broken", lambda tensors: dict(list(tensors.items())[2:])))
     with pytest.raises(ValueError, match=f"cannot put the adapter {broken} on .* lack"):
         evaluate(finished, f"output.dir={tmp_path / 'out'}", adapter=broken)

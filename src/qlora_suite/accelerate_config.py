@@ -6,11 +6,11 @@ It imports neither torch nor transformers: slurm/job.py wants a quick answer.
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qlora_suite import compatibility
 from qlora_suite.recipe import Recipe
+from qlora_suite.recipe_file import read_yaml
 
+SECTIONS = ("fsdp_config", "deepspeed_config")
 OFFLOADS = ("offload_optimizer_device", "offload_param_device")
 
 
@@ -19,12 +19,14 @@ def check_config(config: Path, nodes: int, processes: int | None) -> dict[str, A
     if not config.is_file():
         known = ", ".join(sorted(path.name for path in Path("accelerate_configs").glob("*.yaml")))
         raise ValueError(f"there is no accelerate config at {config} (in accelerate_configs/: {known})")
-    try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(config)
     if not isinstance(values, dict) or "distributed_type" not in values:
         raise ValueError(f"{config} is no accelerate config: it has no distributed_type")
+    if not isinstance(values["distributed_type"], str):
+        raise ValueError(f"{config} has distributed_type: {values['distributed_type']!r:.40}; it is a word, such as NO or MULTI_GPU")
+    for section in SECTIONS:
+        if not isinstance(values.get(section) or {}, dict):
+            raise ValueError(f"{config} has {section}: {values[section]!r:.40}; it is a section of keys")
     # "NO" starts one process a node, whatever --num_processes says, and each of them would train alone
     if values["distributed_type"] == "NO" and max(nodes, processes or 1) > 1:
         wanted = f"{processes} processes" if processes else f"{nodes} nodes"

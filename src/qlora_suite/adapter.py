@@ -16,7 +16,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_suite import adapter_config
 from qlora_suite import recipe as recipes
+from qlora_suite.base_origin import CACHED
+from qlora_suite.leaks import redacted
 from qlora_suite.model import logical_size
 
 IN_A_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
@@ -112,16 +115,23 @@ def add_adapter(model: PreTrainedModel, adapter: recipes.Adapter, token_ids: tup
     return peft_model
 
 
+def split_revision(adapter: str) -> tuple[str, str | None]:
+    """`someone/adapter@v2` -> its id and its revision (branch, tag or commit); a folder may have an @ in its name."""
+    name, sign, revision = adapter.rpartition("@")
+    return (name, revision) if sign and not Path(adapter).exists() else (adapter, None)
+
+
 def adapter_folder(adapter: str) -> Path:
     """Where a PEFT adapter is: a folder here, or the local copy of one on the hub. Raises ValueError if it has no safetensors."""
     folder = Path(adapter)
     if not folder.is_dir():
+        name, revision = split_revision(adapter)
         try:
             # The pickle is not fetched: it would run code of whoever wrote it. Nor are checkpoints in subfolders.
-            folder = Path(snapshot_download(adapter, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pkl", "*/*"]))
+            folder = Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*/*"]))
         except (OSError, ValueError) as error:
             where = f"the adapter {adapter} (neither a folder here nor reachable on the hub)"
-            raise ValueError(f"cannot find {where}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot find {where}: {redacted(str(error).splitlines()[0])}") from error
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             hint = "; an adapter_model.bin is a pickle, which is not read here: convert it to safetensors"
@@ -129,10 +139,19 @@ def adapter_folder(adapter: str) -> Path:
     return folder
 
 
+def adapter_commit(adapter: str) -> str | None:
+    """The hub's commit that an adapter was read from; None for a folder of this machine that is no copy of one."""
+    return cached[3] if (cached := CACHED.search(str(adapter_folder(adapter).resolve()))) else None
+
+
 def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
     """A saved adapter (folder or hub id) on its base. Raises ValueError if it is not there, is not whole or does not fit."""
     folder = str(adapter_folder(adapter))
     place = f"the adapter {adapter} on {base.config.name_or_path}"
+    try:
+        adapter_config.check(Path(folder), base)
+    except ValueError as error:
+        raise ValueError(f"cannot put {place}: {error}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of keys that are missing: that is an error below
         try:
@@ -151,6 +170,8 @@ def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
         "it has what the base has no place for": tensors.keys() - known.keys(),
         "it has another shape in": {k for k in known.keys() & tensors.keys() if known[k].shape != tensors[k].shape},
     }
+    if broken := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
+        raise ValueError(f"cannot put {place}: it holds values that are no numbers in {', '.join(broken[:3])} ({len(broken)} in all)")
     if any(wrong.values()):
         found = "; ".join(f"{what} {', '.join(sorted(names)[:3])} ({len(names)} in all)" for what, names in wrong.items() if names)
         raise ValueError(f"cannot put {place}: {found}")

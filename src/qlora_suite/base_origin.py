@@ -20,7 +20,7 @@ from qlora_suite.recipe import Model
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 CACHED = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{7,40})(?:/|$)")
-"""How the hub's cache names the folder of a model's commit."""
+"""How the hub's cache names the folder of a model's (or an adapter's) commit."""
 REVISION = re.compile(r"^[\w][\w./-]*$")
 
 

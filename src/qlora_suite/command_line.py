@@ -1,13 +1,16 @@
-"""How every script reads its arguments and reports a person's mistake: one clear sentence, no traceback."""
+"""How every script reads its arguments and reports a person's mistake: one clear sentence, no traceback, and never a token."""
 
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch.distributed
 
+from qlora_suite.leaks import redacted, refuse_tokens
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
 from qlora_suite.watchdog import LostPeerError, exit_at_once_on_errors, explain_lost_peers
@@ -24,7 +27,11 @@ def main(run: Callable[[Recipe], None], doc: str) -> None:
 
 
 def parser_for(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring, with --debug."""
+    """A parser whose help is the script's docstring, with --debug.
+
+    A token among the arguments ends the script here, for argparse repeats what it does not know.
+    """
+    with_clear_errors(lambda: refuse_tokens(sys.argv[1:]), debug=False)
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -32,7 +39,8 @@ def parser_for(doc: str) -> argparse.ArgumentParser:
 
 def with_clear_errors(run: Callable[[], None], debug: bool, interrupted: str = "the same command goes on from the last checkpoint") -> None:
     """Call `run`. A person's mistake (ValueError) or the machine's refusal (OSError: disk full, not allowed) goes to stderr in a
-    sentence, and the exit code is 2; with --debug the traceback is shown. `interrupted`: what Ctrl-C has left.
+    sentence, and the exit code is 2; with --debug the traceback is shown, as it is for every other error (exit code 1). No token is in
+    either. `interrupted`: what Ctrl-C has left.
     """
     quiet_libraries()
     try:
@@ -42,12 +50,20 @@ def with_clear_errors(run: Callable[[], None], debug: bool, interrupted: str = "
             torch.distributed.destroy_process_group()
     except (ValueError, OSError, LostPeerError) as error:
         if debug:
-            raise
-        sys.stderr.write(f"error: {error} (--debug shows where)\n")
+            _show_traceback()
+        sys.stderr.write(f"error: {redacted(str(error))} (--debug shows where)\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted; {interrupted}\n")
         sys.exit(130)
+    except Exception:
+        _show_traceback()
+
+
+def _show_traceback() -> NoReturn:
+    """Of the error that is being handled. Not Python's own, which repeats a token that a library has put into its message."""
+    sys.stderr.write(redacted(traceback.format_exc()))
+    sys.exit(1)
 
 
 def quiet_libraries() -> None:

@@ -9,12 +9,13 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import extract_commit_hash, get_checkpoint_shard_files
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
-from qlora_suite import prequantized
+from qlora_suite import base_files, prequantized
 from qlora_suite import recipe as recipes
 from qlora_suite.files import sha256
+from qlora_suite.leaks import redacted
 
 PRECISIONS = {"no": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of the accelerate config; `fp32` is not accelerate's: scripts/verify.py sets it in the environment."""
@@ -45,19 +46,21 @@ def compute_dtype(device: torch.device, asked: str) -> torch.dtype:
 
 
 def load_config(model: recipes.Model) -> PreTrainedConfig:
-    """The base's config. Raises ValueError if there is no such model."""
+    """The base's config. Raises ValueError if there is no such model, or its code would have to be run."""
     try:
-        return AutoConfig.from_pretrained(model.base, revision=model.revision)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(model.base, revision=model.revision, trust_remote_code=False)
+        base_files.check_sizes(config)
+    except Exception as error:  # whatever transformers makes of a file that may say anything
         raise ValueError(_cannot_load(model, error)) from error
+    return config
 
 
 def load_tokenizer(model: recipes.Model) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, as published. Raises ValueError if it is missing or has no end token."""
+    """The base's tokenizer, as published. Raises ValueError if it is missing, damaged or has no end token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.base, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load(model, error)) from error
+        tokenizer = AutoTokenizer.from_pretrained(model.base, revision=model.revision, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing narrower for a damaged tokenizer.json
+        raise ValueError(_cannot_load(model, error, "tokenizer" if Path(model.base).is_dir() else "base model")) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {model.base} has no end token, so a model could not learn to stop; give it an eos_token")
     return tokenizer
@@ -71,10 +74,17 @@ def load_base(model: recipes.Model, dtype: torch.dtype, device: torch.device, qu
     Raises ValueError if weights are missing, left over or newly initialised, or quantised in another way than the recipe asks for,
     and OutOfMemoryError if a GPU is too small.
     """
+    if model.quantization != "none":
+        _check_bitsandbytes(model.quantization)
     config = load_config(model)
     prepare_config(config)
     if model.random_init:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).to(device)
+    try:
+        base_files.check_is_no_adapter(model)
+        base_files.check_weights(model, config)
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load(model, error)) from error
     prequantized.check_quantization(model, config, quant_storage)
     quantized_already = prequantized.quantization_of(config) is not None
     if quantized_already:  # its own settings stand, but for the precision, which is this run's
@@ -89,6 +99,7 @@ def load_base(model: recipes.Model, dtype: torch.dtype, device: torch.device, qu
             quantization_config=None if quantized_already else _quantization(model, dtype, quant_storage or torch.uint8),
             device_map={"": device if device.index is not None or device.type == "cpu" else 0},  # accelerate says "cuda" for the only GPU
             use_safetensors=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
@@ -109,6 +120,17 @@ def load_base(model: recipes.Model, dtype: torch.dtype, device: torch.device, qu
         _take_precision(loaded, dtype)
     _keep_4bit_layout(loaded)
     return loaded
+
+
+def _check_bitsandbytes(quantization: str) -> None:
+    """Raises ValueError if it cannot be used, before transformers says that it is too old, or missing, or without CUDA."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # it loads a library of its own, and raises whatever that raises
+        raise ValueError(
+            f"model.quantization: {quantization} needs bitsandbytes, which cannot be imported ({type(error).__name__}: {error}); "
+            "pip install -r requirements.txt, or set model.quantization: none"
+        ) from error
 
 
 def _times_memory_was_short(device: torch.device) -> int:
@@ -179,14 +201,17 @@ def base_fingerprint(model: recipes.Model) -> str:
     return digest.hexdigest()
 
 
+def hub_commit(model: recipes.Model) -> str | None:
+    """The hub's commit that the base is read from; None for a folder of this machine."""
+    return None if Path(model.base).is_dir() else commit_of(model)
+
+
 def check_reachable(model: recipes.Model) -> None:
     """Raises ValueError if the base's config or weights are neither here nor to be had from the hub. Fetches them."""
     load_config(model)
     try:
-        found = cached_file(model.base, SAFE_WEIGHTS_NAME, revision=model.revision, _raise_exceptions_for_missing_entries=False)
-        if found is None:
-            index = cached_file(model.base, SAFE_WEIGHTS_INDEX_NAME, revision=model.revision)
-            get_checkpoint_shard_files(model.base, index, revision=model.revision)
+        base_files.check_is_no_adapter(model)
+        base_files.weight_files(model)
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load(model, error)) from error
 
@@ -230,6 +255,9 @@ def _quantization(model: recipes.Model, dtype: torch.dtype, storage: torch.dtype
     )
 
 
-def _cannot_load(model: recipes.Model, error: Exception) -> str:
+def _cannot_load(model: recipes.Model, error: Exception, what: str = "base model") -> str:
     where = f"folder {model.base}" if Path(model.base).exists() else f"{model.base} (neither a folder here nor reachable on the hub)"
-    return f"cannot load the base model from {where}: {str(error).splitlines()[0]}"
+    why = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        why = "it brings code of its own, which is never run here; take a base that transformers knows by itself"
+    return f"cannot load the {what} from {where}: {redacted(why)}"

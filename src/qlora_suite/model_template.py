@@ -32,9 +32,10 @@ from qlora_suite.conversations import Turn
 from qlora_suite.recipe import Chat
 from qlora_suite.rendered import Rendered, RenderedTurn
 from qlora_suite.template_source import BOUNDARY, arguments, chatml, fixed_date, is_chatml, placing
+from qlora_suite.template_trial import trial
 from qlora_suite.text_encoder import TextEncoder
 
-WAYS_TO_FAIL = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+WAYS_TO_FAIL = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError)
 """What a template raises, or what it does to the messages raises."""
 
 
@@ -84,6 +85,8 @@ class ModelTemplate:
             self._look_at(chatml(tokenizer))
             return
         text = tokenizer.get_chat_template()
+        if complaint := trial(text):
+            raise ValueError(f"{self.name} {complaint}; use another chat.format, or a base with another template")
         if BOUNDARY in text:  # saved by us: with the words of this very recipe in front, or of another one, which then belong to it
             with contextlib.suppress(ValueError):
                 self._look_at(text.partition(BOUNDARY)[2])

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from qlora_suite import accelerate_config, adapter, checkpoint, compatibility, prequantized, run_folder
+from qlora_suite.base_files import weight_files
 from qlora_suite.batches import Order, check_division
 from qlora_suite.cards import Card
 from qlora_suite.chat import Renderer
@@ -229,19 +228,12 @@ def base_finding(recipe: Recipe, config: PreTrainedConfig) -> Finding:
 
 def _check_weights_are_whole(recipe: Recipe) -> None:
     """Raises ValueError if a file of the weights is shorter than its header says: a download or a copy that was cut short."""
-    base, revision = recipe.model.base, recipe.model.revision
-    one = cached_file(base, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if one is not None:
-        files = [one]
-    else:
-        index = cached_file(base, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
-        files, _ = get_checkpoint_shard_files(base, index, revision=revision)
-    for file in files:
+    for file in weight_files(recipe.model):
         try:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{Path(file).name} is damaged ({str(error).strip()})") from None
+            raise ValueError(f"{file.name} is damaged ({str(error).strip()})") from None
 
 
 def coverage_finding(recipe: Recipe, skeleton: Skeleton) -> Finding:

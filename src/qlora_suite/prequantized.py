@@ -43,7 +43,11 @@ def check_quantization(model: Model, config: PreTrainedConfig, storage: torch.dt
     if found is None:
         return
     saved = config.quantization_config
-    packed = getattr(torch, saved.get("bnb_4bit_quant_storage", "uint8"))
+    packed = getattr(torch, str(saved.get("bnb_4bit_quant_storage", "uint8")), None)
+    if not isinstance(packed, torch.dtype):
+        raise ValueError(
+            f"the config.json of {model.base} has bnb_4bit_quant_storage: {saved['bnb_4bit_quant_storage']!r}, which is no type"
+        )
     doubled = bool(saved.get("bnb_4bit_use_double_quant"))
     seen = _in_words(found, doubled, packed)
     if model.quantization == "none":

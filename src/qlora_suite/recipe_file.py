@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from qlora_suite.leaks import holds_token, refuse_tokens, secrets_of_environment
 from qlora_suite.recipe import Recipe
 
 FOREIGN = {
@@ -66,6 +67,13 @@ FOREIGN.update(dict.fromkeys(("lr_scheduler", "scheduler"), FOREIGN["lr_schedule
 FOREIGN["quantization_bit"] = FOREIGN["load_in_4bit"]
 FOREIGN.update(dict.fromkeys(("sequence_len", "cutoff_len"), FOREIGN["max_seq_length"]))
 FOREIGN.update(dict.fromkeys(("sample_packing", "neat_packing"), "here it is data.packing"))
+_ATTENTION = "attention is torch's own, whose kernel follows the card (FlashAttention where it has one)"
+FOREIGN.update(dict.fromkeys(("attn_implementation", "flash_attn", "flash_attention", "use_flash_attention_2"), _ATTENTION))
+
+
+LARGEST, DEEPEST = 1_000_000, 50
+_OPENING = (yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,7 +92,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around a text that `_Loader` would take for a number."""
+    """Puts quotes around a text that `_Loader` would take for a number, and escapes the line breaks of Unicode, which YAML folds."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if re.search("[\x85\u2028\u2029]", text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 for _yaml in (_Loader, _Dumper):
@@ -101,19 +115,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ValueError(f"there is no recipe at {path} (working folder: {Path.cwd()}){hint}")
-    if path.stat().st_size > 1_000_000:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a recipe has a few thousand")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
-    tree = _parse_yaml(text, str(path))
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} does not hold keys and values")
     if "distributed_type" in tree:
         raise ValueError(
             f"{path} is an accelerate config, not a recipe; accelerate launch takes it as --config_file, slurm/submit.sh as CONFIG"
         )
+    refuse_tokens(overrides)
     for override in overrides:
         _apply(tree, override)
     recipe = from_dict(tree, f"{path} with {' '.join(overrides)}" if overrides else str(path))
@@ -123,6 +132,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
 def from_dict(tree: dict[str, Any], name: str = "recipe") -> Recipe:
     """Validate a nested dict; `name` stands in the message. Raises ValueError with every complaint at once."""
+    known = secrets_of_environment()
+    for path, text in _texts(tree):
+        if holds_token(text, known):
+            raise ValueError(
+                f"{name}: {path} holds what looks like a token, and a recipe is copied into every run; take it out and set HF_TOKEN (or "
+                "the tracker's own variable) in the environment"
+            )
     try:
         return Recipe.model_validate(_tuples(tree))
     except ValidationError as error:
@@ -136,11 +152,20 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def read_yaml(path: Path) -> Any:
+    """What a small YAML file holds, whoever wrote it. Raises ValueError for what is none, and for what would take long to read."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a recipe has a few thousand")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    return _parse_yaml(text, str(path))
+
+
 def _parse_yaml(text: str, name: str) -> Any:
     try:
-        # Aliases let a file of a few lines expand into gigabytes; recipes have no use for them.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise yaml.YAMLError("aliases (*name) are not allowed in recipes")
+        _check_tokens(text)
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one number format more
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-99-99
         said = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
@@ -149,16 +174,42 @@ def _parse_yaml(text: str, name: str) -> Any:
         raise ValueError(f"{name} is nested too deep; a recipe has sections and keys") from None
 
 
+def _check_tokens(text: str) -> None:
+    """Raises YAMLError for aliases, which let a few lines expand into gigabytes, and RecursionError long before Python does: the
+    scanner takes minutes for a deep file.
+    """
+    depth = 0
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.YAMLError("aliases (*name) are not allowed here")
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > DEEPEST:
+            raise RecursionError
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
-    if not sign or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise ValueError(f"{override!r} is not an override; write key=value, e.g. optim.learning_rate=1e-4")
+    if not sign or not re.fullmatch(r"\w+(\.\w+)*", key) or key.count(".") > DEEPEST:
+        raise ValueError(f"{override!r:.200} is not an override; write key=value, e.g. optim.learning_rate=1e-4")
     *sections, last = key.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):
             tree[section] = {}
         tree = tree[section]
     tree[last] = _parse_yaml(text, override)
+
+
+def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a tree, with the path of its key; a key is a text too, at the path of what holds it."""
+    if isinstance(value, str):
+        yield path or "a key", value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield path or "a key", str(key)
+            yield from _texts(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _texts(inner, f"{path}.{i}")
 
 
 def _tuples(value: Any) -> Any:

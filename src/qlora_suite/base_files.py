@@ -1,0 +1,80 @@
+"""What the files of a base say, looked at before anything is built from them: they may come from anybody.
+
+A config can claim any size, an index can name any file, and a folder with an adapter_config.json makes transformers load another base
+than the one that was named. Nothing here allocates what a file claims.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from qlora_suite.recipe import Model
+
+MOST_LAYERS, LARGEST_SIZE = 1000, 10_000_000
+"""Sizes of a config beyond which no causal LM is: the vocabulary is the largest of them, and has some 300,000 entries."""
+UNSTORED, FEW = 2, 10_000_000
+"""A model may have so many times the weights that its files hold, and some: weights that are missing are named when it is loaded."""
+SMALLEST_WEIGHT = 0.5
+"""Bytes of a 4-bit weight."""
+
+
+def weight_files(model: Model) -> list[Path]:
+    """The base's safetensors files, fetched if need be. Raises ValueError for an index that names anything else, OSError without any."""
+    one = cached_file(model.base, SAFE_WEIGHTS_NAME, revision=model.revision, _raise_exceptions_for_missing_entries=False)
+    if one is not None:
+        return [Path(one)]
+    index = cached_file(model.base, SAFE_WEIGHTS_INDEX_NAME, revision=model.revision)
+    try:
+        named = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} is damaged: it has no weight_map") from None
+    for name in sorted(map(str, named)):
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} names {name!r}; weights are read from safetensors files beside it alone")
+    return [Path(file) for file in get_checkpoint_shard_files(model.base, index, revision=model.revision)[0]]
+
+
+def check_is_no_adapter(model: Model) -> None:
+    """Raises ValueError if the base is an adapter, for transformers would load the base that the adapter names instead."""
+    found = cached_file(model.base, CONFIG_NAME, revision=model.revision, _raise_exceptions_for_missing_entries=False)
+    if found is not None:
+        raise ValueError(f"{model.base} holds an {CONFIG_NAME}: an adapter, which names a base of its own; give that as model.base")
+
+
+def check_sizes(config: PreTrainedConfig) -> None:
+    """Raises ValueError for a config that no causal LM has, before a model is built from it."""
+    text = config.get_text_config()
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+        value, most = getattr(text, key, 1), MOST_LAYERS if key == "num_hidden_layers" else LARGEST_SIZE
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise ValueError(f"its config.json has {key}: {value:,}, which is no causal LM's (1 to {most:,})")
+
+
+def check_weights(model: Model, config: PreTrainedConfig) -> None:
+    """Raises ValueError if the weights are damaged, or far fewer than the config claims: all that it claims would be allocated."""
+    held, stored = 0, 0
+    files = weight_files(model)
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118 - it is no dict
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file.name} is damaged ({str(error).strip()}); fetch it again") from None
+        held += sum(torch.Size(shape).numel() for shape in shapes)
+        stored += file.stat().st_size
+    quantized = getattr(config, "quantization_config", None)
+    skeleton_of = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    with torch.device("meta"):
+        claimed = sum(p.numel() for p in AutoModelForCausalLM.from_config(skeleton_of, trust_remote_code=False).parameters())
+    most = stored / SMALLEST_WEIGHT if quantized is not None else held
+    if claimed > UNSTORED * most + FEW:
+        raise ValueError(
+            f"its config.json describes {claimed:,} weights, but {len(files)} file{'s'[: len(files) > 1]} hold {held:,} numbers; "
+            "they are not of one model: fetch both again"
+        )
