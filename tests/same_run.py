@@ -40,8 +40,7 @@ def assert_same(run: Path, whole: Path) -> None:
     attempts = column(metrics(run), "attempt")
     assert attempts == sorted(attempts)
     assert dev_losses(run) == dev_losses(whole)
-    if (whole / "previews.jsonl").exists():
-        assert lines(run / "previews.jsonl") == lines(whole / "previews.jsonl")
+    assert (run / "previews.jsonl").read_text() == (whole / "previews.jsonl").read_text()
     assert (run / FINAL).read_bytes() == (whole / FINAL).read_bytes()
     assert (run / "final" / "chosen.json").read_text() == (whole / "final" / "chosen.json").read_text()
     newest = f"checkpoints/step-{checkpoint.steps(whole / 'checkpoints')[-1]:06d}"

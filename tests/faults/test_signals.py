@@ -155,11 +155,13 @@ def test_data_that_takes_the_place_of_older_data_is_never_half_there(recipe: Pat
     prepared(recipe, f"data.prepared={folder}/prepared")
     for change in itertools.count(1):
         arguments = (recipe, f"data.prepared={folder}/prepared", f"data.max_length={200 + change}")
-        prelude = (signal_before_change, str(folder), [signal.SIGKILL], change, "os.rename /prepared")
+        prelude = (signal_before_change, str(folder), [signal.SIGKILL], change, "os.rename /")
         process = processes.run("prepare_data.py", *arguments, log=tmp_path / "log", prelude=prelude)
         if process.process.exitcode == 0:
             break
         assert process.process.exitcode == -signal.SIGKILL, process.output
+        if not (folder / "prepared").exists():
+            assert processes.run("prepare_data.py", *arguments, log=tmp_path / "log").process.exitcode == 0
     assert change > 10
     load_manifest(load(recipe, arguments[1:]))
     assert leftovers(folder) == []
