@@ -27,7 +27,7 @@ HALF_A_LINE = '{"step": 4, "attempt": 1, "lo'
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, oasst_file: Path) -> Path:
     """Every step is saved, two checkpoints and the best are kept; with dropout, evaluations and previews."""
     overrides = (
-        "train={max_steps: 24, rows_per_step: 4, micro_batch: 4}",
+        "train={max_steps: 24, epochs: 2, rows_per_step: 4, micro_batch: 4}",
         "adapter={rank: 4, alpha: 8, dropout: 0.05}",
         "optim.schedule=cosine",
         "checkpoints={every_steps: 1, keep: 2}",
@@ -81,7 +81,7 @@ def test_before_every_change_of_a_save(recipe: Path, tmp_path: Path) -> None:
     """
     whole, run, log = train(recipe, f"output.dir={tmp_path}/whole"), tmp_path / "run", tmp_path / "log"
     change, had = 0, False
-    while [record["attempt"] for record in read_journal(run / "metrics.jsonl") if "loss" in record].count(change) < 2:
+    while steps_of_last_attempt(run) < 2:
         change += 1
         had = killed(recipe, run, log, change, "", had)
     assert change > 30, "not so many changes as a save makes"
@@ -93,6 +93,11 @@ def test_before_every_change_of_a_save(recipe: Path, tmp_path: Path) -> None:
         assert not (run / "final").exists() or checkpoint.complaint_about_checkpoint(run / "final") is None
     assert change > 10, "not so many changes as the writing of final/ makes"
     assert_same(run, whole)
+
+
+def steps_of_last_attempt(run: Path) -> int:
+    attempts = [record["attempt"] for record in read_journal(run / "metrics.jsonl") if "loss" in record]
+    return attempts.count(max(attempts, default=0))
 
 
 def steps_done(run: Path) -> int:
