@@ -29,7 +29,7 @@ from qlora_suite.batches import Limit, Order
 from qlora_suite.checkpoint import State, Trained
 from qlora_suite.dataset import data_hash
 from qlora_suite.engine import Engine
-from qlora_suite.files import write_json, write_text
+from qlora_suite.files import flush, write_json, write_text
 from qlora_suite.model import base_fingerprint, load_config, versions
 from qlora_suite.preemption import StopRequest
 from qlora_suite.prequantized import record_of, source_of
@@ -365,8 +365,11 @@ class Run:
         tokenizer.save_pretrained(aside)
         write_json(aside / "chosen.json", choice)
         checkpoint.seal(aside)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # it is damaged, or status.json was not written any more; half of it must not stay in its place
+            final.rename(self.path / ".final.old.tmp")
         aside.rename(final)
+        flush(self.path)
+        shutil.rmtree(self.path / ".final.old.tmp", ignore_errors=True)
 
     def _restore_from_mirror(self, mirror: Path) -> None:
         """A machine that lost its disk goes on from the mirror."""
