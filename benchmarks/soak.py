@@ -42,7 +42,7 @@ OVERRIDES = (
     "adapter.dropout=0.05",
     "train.max_steps=16",
     "train.micro_batch=4",
-    "checkpoints={every_steps: 1, keep: 2}",
+    "checkpoints={every_steps: 3, keep: 2}",
     "evaluation={every_steps: 4, budget_tokens: 1000}",
     "previews={prompts: [Say hello.], every_steps: 8, max_new_tokens: 8}",
 )
@@ -76,6 +76,7 @@ def soak(cycles: int, seed: int, folder: Path) -> None:
         task = bar.add_task("kills", total=cycles)
         while found["cycles"] < cycles:
             run = folder / f"run{number}"
+            before = attempts(run)
             process = start(overrides, run)
             try:
                 wait_for_instant(process, run, instants, loading, life)
@@ -83,7 +84,7 @@ def soak(cycles: int, seed: int, folder: Path) -> None:
                 process.send_signal(signal.SIGKILL)
                 code = process.wait()
             if code == -signal.SIGKILL:
-                kills[phase(run)] += 1
+                kills[phase(run, began=attempts(run) > before)] += 1
                 found["cycles"] += 1
                 damaged, good = verified(run)
                 found["checkpoints_found_damaged"] += damaged
@@ -164,14 +165,13 @@ def attempts(run: Path) -> int:
     return max((record["attempt"] for record in read_journal(run / "metrics.jsonl")), default=0)
 
 
-def phase(run: Path) -> str:
-    """What it was doing when it was killed, by what it has left."""
+def phase(run: Path, began: bool) -> str:
+    """What it was doing when it was killed, by what it has left; `began`: it had made a step."""
     if (run / ".final.tmp").exists():
         return "writing the result"
     if any((run / "checkpoints").glob(".step-*.tmp")):
         return "saving or pruning"
-    done = newest_step(run)
-    return "training" if done > max(checkpoint.steps(run / "checkpoints"), default=0) else "loading or between a save and a step"
+    return "training, evaluating or answering" if began else "loading"
 
 
 def verified(run: Path) -> tuple[int, list[int]]:
