@@ -185,7 +185,9 @@ def train(recipe: Recipe) -> None:
 
         # ---- the loop -------------------------------------------------------------------------------------------------------
         look_around()
-        outcome, last_save = run.reason_to_stop_early(state), time.monotonic()
+        # An evaluation that a second request cut short as well has to be made up for before the next step, too.
+        outcome = run.reason_to_stop_early(state) or (run_folder.ON_REQUEST if engine.any_rank(stop.asked()) else "")
+        last_save = time.monotonic()
         with StepBar("training", num_steps, state.step, visible=accelerator.is_main_process) as bar:
             for step in range(state.step, num_steps if not outcome else state.step):
                 step_began = time.monotonic()

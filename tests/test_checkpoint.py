@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from qlora_suite import checkpoint, optimizer
 from qlora_suite.checkpoint import State
 from qlora_suite.engine import Engine
+from qlora_suite.files import hash_of
 from qlora_suite.recipe import Optim
 
 KEPT = re.compile(r"(\.safetensors|\.json|\.yaml|\.jinja|/merges\.txt|/README\.md)$")
@@ -151,7 +152,9 @@ def test_a_newer_format_is_refused_and_left_alone(save: Save) -> None:
     """It is good, only not for us: nothing is renamed, and nothing starts over it."""
     folder = save(1)
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    (folder / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "format_version": checkpoint.FORMAT_VERSION + 1}))
+    newer = {**manifest, "format_version": checkpoint.FORMAT_VERSION + 1}
+    del newer["sha256"]
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({**newer, "sha256": hash_of(newer)}))
     with pytest.raises(ValueError, match="written by a newer version"):
         checkpoint.latest(folder.parent)
     assert folder.is_dir()
@@ -376,7 +379,10 @@ def test_weights_and_optimiser_come_back_bit_by_bit(
         learn(model, opt, step)
     tensors = optimizer.state_tensors(opt, trainable(model))[0].values()
     assert any(t.dtype == torch.uint8 for t in tensors) == name.endswith("8bit"), "the states are not of the kind that was asked for"
-    saved = checkpoint.save(tmp_path, State(step=2, tokens=64), model, trained(model, opt), tokenizer, "", ("base", None))
+    learnt_by = {"optim.name": name}
+    saved = checkpoint.save(
+        tmp_path, State(step=2, tokens=64, identity=learnt_by), model, trained(model, opt), tokenizer, "", ("base", None)
+    )
 
     other, other_opt = fresh(1)
     learn(other, other_opt, 9)

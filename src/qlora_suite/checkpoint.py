@@ -10,39 +10,42 @@
         manifest.json                                     size and SHA-256 of every file above, written last
       step-000300/
       step-000100.corrupt/                                did not verify: set aside, never deleted
+      .step-000400.tmp/                                   being written, or deleted, when the run was killed; the next start removes it
 
 What stands in it does not depend on the engine that trained it (one process, DDP, ZeRO, FSDP2): whole tensors by name.
 
 A checkpoint is written under a temporary name, flushed, renamed, and read back; only then are older ones pruned. No pickle.
+The hashes protect from damage, not from a person who can write the manifest as well: what is read is also looked at before it is used.
 Dropout is a function of (seed, step), so the step is the whole random state.
 """
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qlora_suite.disk_space import size_of
-from qlora_suite.engine import Engine
-from qlora_suite.files import complaint_about, errors_name, file_table, flush, read_json, write_json
+from qlora_suite.engine import Engine, shape_of
+from qlora_suite.files import complaint_about, errors_name, file_table, flush, hash_of, read_json, remove, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-ADAPTER, WEIGHTS = "adapter_model.safetensors", "weights.safetensors"
-NAME = re.compile(r"^step-(\d{6,})$")
+ADAPTER, WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "weights.safetensors", "optimizer.safetensors", "state.json"
+NAME = re.compile(r"step-([0-9]{6,18})")
 
 
 @dataclass
@@ -77,13 +80,57 @@ class State:
     optimizer_numbers: dict[str, Any] = field(default_factory=dict)
 
 
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _has(value: Any, **keys: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and value.keys() == keys.keys() and all(good(value[key]) for key, good in keys.items())
+
+
+def _is_scale(value: Any) -> bool:
+    numbers = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+    return value == {} or (_has(value, **dict.fromkeys(numbers, _is_number)) and value["scale"] > 0)
+
+
+def _is_row_limit(value: Any) -> bool:
+    return value is None or _has(
+        value, rows=lambda x: _is_count(x, 1), tokens=lambda x: _is_count(x, 1), checkpointing=lambda x: type(x) is bool
+    )
+
+
+GOOD: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(
+        ("step", "tokens", "skipped_steps", "skipped_in_a_row", "evaluations_without_gain", "evaluated", "processes"), _is_count
+    ),
+    "seconds": lambda value: _is_number(value) and value >= 0,
+    "best": lambda value: value is None or _has(value, step=lambda x: _is_count(x, 1), loss=_is_number),
+    "norms": lambda value: isinstance(value, list) and all(_is_number(norm) and norm >= 0 for norm in value),
+    "precision": lambda value: isinstance(value, str),
+    "micro_batch": _is_row_limit,
+    "identity": lambda value: isinstance(value, dict),
+    "scaler": _is_scale,
+    "optimizer_numbers": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+}
+"""What each value of a State must be, when it is read back."""
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, which is made. Raises ValueError if another process holds it; the kernel lets go when a process dies."""
+    """Hold a run's folder, which is made, and clear away what a killed process was writing there.
+
+    Raises ValueError if another process holds it; the kernel lets go when a process dies.
+    """
     Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)  # a link to a folder that was deleted is no error
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in (*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")):
+                remove(leftover)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
@@ -177,7 +224,7 @@ def save(
         return final
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step-*.tmp"):
-        shutil.rmtree(leftover)
+        remove(leftover)
     aside = folder / f".{final.name}.tmp"
     aside.mkdir()
     try:
@@ -185,10 +232,10 @@ def save(
             write_adapter_config(model, aside, *base)
         write_tensors({k: v.contiguous() for k, v in learnt.weights.items()}, aside / learnt.file)
         check_weights(aside / learnt.file, learnt.weights, trained=state.step > state.skipped_steps)
-        write_tensors(learnt.optimizer, aside / "optimizer.safetensors")
+        write_tensors(learnt.optimizer, aside / OPTIMIZER)
         with errors_name(aside):
             tokenizer.save_pretrained(aside)
-        write_json(aside / "state.json", {**asdict(state), "optimizer_numbers": learnt.optimizer_numbers})
+        write_json(aside / STATE, {**asdict(state), "optimizer_numbers": learnt.optimizer_numbers})
         (aside / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         seal(aside)
         if final.exists():  # it is there but did not verify
@@ -217,7 +264,8 @@ def seal(folder: Path) -> None:
         if path.is_file():
             path.chmod(mode)  # safetensors writes files that nobody else may read, whatever the umask
         flush(path)
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": file_table(folder, but=MANIFEST)})
+    manifest = {"format_version": FORMAT_VERSION, "files": file_table(folder, but=MANIFEST)}
+    write_json(folder / MANIFEST, {**manifest, "sha256": hash_of(manifest)})
 
 
 def complaint_about_checkpoint(folder: Path) -> str | None:
@@ -226,21 +274,48 @@ def complaint_about_checkpoint(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     try:
         manifest = read_json(folder / MANIFEST)
+        own_hash = manifest.pop("sha256", None)  # or one flipped bit could make a newer version's of it; the first ones had none
+        if own_hash != hash_of(manifest) and not (own_hash is None and manifest.keys() == {"format_version", "files"}):
+            return f"{MANIFEST} does not have the hash it was written with"
         version, files = int(manifest["format_version"]), manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return f"{MANIFEST} is damaged ({error})"
     if version > FORMAT_VERSION:
         raise ValueError(f"{folder} was written by a newer version (format {version}, this one reads {FORMAT_VERSION}); update qlora-suite")
+    return complaint_about(folder, files)
+
+
+def complaint_about_contents(folder: Path) -> str | None:
+    """What in a checkpoint whose files are as they were written cannot be gone on from, or None."""
+    for path in (folder, *folder.iterdir()):
+        if path.is_symlink():
+            return f"{path.name} is a symbolic link"
+    if not (folder / STATE).is_file():
+        return f"{STATE} is missing"
     try:
-        return complaint_about(folder, files)
-    except (AttributeError, KeyError, TypeError) as error:
-        return f"{MANIFEST} is damaged ({error})"
+        state = read_state(folder)
+    except ValueError as error:
+        return str(error)
+    if folder.name != f"step-{state.step:06d}":
+        return f"{STATE} is that of step {state.step}"
+    weights = next((name for name in (ADAPTER, WEIGHTS) if (folder / name).is_file()), ADAPTER)
+    for name in (weights, OPTIMIZER):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        try:
+            with safe_open(folder / name, "pt") as tensors:
+                bad = next((key for key in tensors.keys() if not tensors.get_tensor(key).isfinite().all()), None)  # noqa: SIM118
+        except SafetensorError as error:
+            return f"{name} cannot be read ({error})"
+        if bad is not None:
+            return f"{name}: {bad} is not finite"
+    return None
 
 
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that are there, oldest first, verified or not."""
-    found = (NAME.match(path.name) for path in folder.glob("step-*"))
-    return sorted(int(match[1]) for match in found if match)
+    found = (NAME.fullmatch(path.name) for path in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in found if match and match[0] == f"step-{int(match[1]):06d}")
 
 
 def latest(folder: Path) -> Path | None:
@@ -250,7 +325,7 @@ def latest(folder: Path) -> Path | None:
     """
     for step in reversed(steps(folder)):
         path = folder / f"step-{step:06d}"
-        complaint = complaint_about_checkpoint(path)
+        complaint = complaint_about_checkpoint(path) or complaint_about_contents(path)
         if complaint is None:
             return path
         warnings.warn(
@@ -264,7 +339,7 @@ def latest(folder: Path) -> Path | None:
 def set_aside(path: Path) -> Path:
     """Rename to the first free of `NAME.corrupt`, `NAME.corrupt-2`, ..."""
     number, target = 1, path.with_name(f"{path.name}.corrupt")
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = path.with_name(f"{path.name}.corrupt-{number}")
     return path.rename(target)
@@ -274,7 +349,12 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best one. Called only after the newest was verified."""
     for step in steps(folder)[:-keep]:
         if step != best:
-            shutil.rmtree(folder / f"step-{step:06d}")
+            _delete(folder / f"step-{step:06d}")
+
+
+def _delete(checkpoint: Path) -> None:
+    """Renamed first: half of it, left by a kill, would look like a damaged checkpoint."""
+    remove(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.tmp")))
 
 
 def make_room(folder: Path, best: int | None) -> list[str]:
@@ -288,7 +368,7 @@ def make_room(folder: Path, best: int | None) -> list[str]:
     if not old or room < 0.95 * size_of(folder / f"step-{newest:06d}"):  # two checkpoints differ by some bytes
         return []
     for path in old:
-        shutil.rmtree(path)
+        _delete(path)
     return [path.name for path in old]
 
 
@@ -308,15 +388,31 @@ def copy_checked(source: Path, target: Path) -> None:
 
 
 def read_state(folder: Path) -> State:
-    """The state of a verified checkpoint."""
-    values = read_json(folder / "state.json")
-    known = {f.name for f in fields(State)}
-    return State(**{key: value for key, value in values.items() if key in known})
+    """The state of a verified checkpoint. Raises ValueError for what no run can have written."""
+    values = read_json(folder / STATE)
+    if not isinstance(values, dict):
+        raise ValueError(f"{STATE} holds no state")
+    known = {f.name: values[f.name] for f in fields(State) if f.name in values}
+    for key, value in known.items():
+        if not GOOD[key](value):
+            raise ValueError(f"{STATE}: {key} is {str(value)[:60]!r}, which no run writes")
+    return State(**known)
 
 
 def restore_optimizer(folder: Path, engine: Engine) -> None:
-    """Give a verified checkpoint's optimiser state to an engine."""
-    engine.load_optimizer_state(load_file(folder / "optimizer.safetensors"), read_state(folder).optimizer_numbers)
+    """Give a verified checkpoint's optimiser state to an engine. Raises ValueError if it does not fit."""
+    state, tensors = read_state(folder), load_file(folder / OPTIMIZER)
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in {**tensors, **state.optimizer_numbers}.items():
+        name, _, part = key.rpartition(":")
+        found.setdefault(name, {})[part] = value
+    moments = ("exp_avg", "exp_avg_sq") if state.identity.get("optim.name", "adamw") == "adamw" else ("state1", "state2")
+    for name, parts in found.items():
+        shape = shape_of(engine.parameters[name]) if name in engine.parameters else None
+        wrong = [part for part in moments if getattr(parts.get(part), "shape", None) != shape]
+        if wrong or "step" not in parts or (isinstance(parts["step"], Tensor) and parts["step"].numel() != 1):
+            raise ValueError(f"the optimiser's state in {folder} does not fit this run: {name}, {', '.join(wrong) or 'step'}")
+    engine.load_optimizer_state(tensors, state.optimizer_numbers)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -324,7 +420,9 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     name, expected = in_file(model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
     tensors = load_file(folder / name)
     wrong = sorted(
-        k for k in expected.keys() | tensors.keys() if k not in expected or k not in tensors or expected[k].shape != tensors[k].shape
+        k
+        for k in expected.keys() | tensors.keys()
+        if k not in expected or k not in tensors or (expected[k].shape, expected[k].dtype) != (tensors[k].shape, tensors[k].dtype)
     )
     if wrong:
         raise ValueError(f"the weights in {folder} do not fit this model: {', '.join(wrong[:5])}")

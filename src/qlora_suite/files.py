@@ -113,8 +113,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a symbolic link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def read_json(path: Path) -> Any:
-    """Raises ValueError if the file is not JSON."""
+    """Raises ValueError if the file is not JSON, or JSON that nobody writes: numbers of 5,000 digits, or a thousand brackets deep."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no UTF-8, no JSON, or a number of thousands of digits
@@ -136,9 +144,15 @@ def file_table(folder: Path, but: str) -> dict[str, dict[str, Any]]:
 
 
 def complaint_about(folder: Path, table: dict[str, dict[str, Any]]) -> str | None:
-    """What is wrong with the files that a manifest's table promises, or None."""
+    """What is wrong with the files that a manifest's table promises, or None. The table may come from anybody."""
+    if not isinstance(table, dict) or not all(
+        isinstance(expected, dict) and expected.keys() >= {"bytes", "sha256"} for expected in table.values()
+    ):
+        return "the table of its files is damaged"
     for name, expected in table.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{name} is not in the folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:

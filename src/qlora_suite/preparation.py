@@ -187,7 +187,7 @@ def prepare(
     tokeniser = Tokeniser(renderer, recipe.data)
     check_replaceable(recipe)
     folder = Path(recipe.data.prepared).resolve()  # a link to another disk stays one
-    aside = folder_aside(folder, "tmp")
+    aside, old = folder_aside(folder, "tmp"), folder_aside(folder, "old")
     counts, bad_rows, example = selection.counts, selection.bad_rows, None
     try:
         for split in ("train", "dev"):
@@ -237,10 +237,12 @@ def prepare(
             "files": file_table(aside, but=dataset.MANIFEST),
         }
         write_json(aside / dataset.MANIFEST, manifest)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # in one step: half of it, left by a kill and without its manifest, would be taken for somebody else's
+            folder.rename(old)
         aside.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
     return manifest, (renderer, example)
 
 

@@ -31,7 +31,7 @@ from qlora_suite.batches import Limit, Order
 from qlora_suite.checkpoint import State, Trained
 from qlora_suite.dataset import data_hash
 from qlora_suite.engine import Engine
-from qlora_suite.files import errors_name, write_json, write_text
+from qlora_suite.files import errors_name, flush, write_json, write_text
 from qlora_suite.model import base_fingerprint, load_config, versions
 from qlora_suite.preemption import StopRequest
 from qlora_suite.prequantized import record_of, source_of
@@ -573,7 +573,7 @@ class Run:
 
     def _write_final(self, source: Path, net: nn.Module, tokenizer: PreTrainedTokenizerBase, choice: dict[str, Any]) -> None:
         """The result, from a checkpoint's files: `net` may be sharded by now, and tells only how the weights are to be laid out."""
-        final, aside = self.path / "final", self.path / ".final.tmp"
+        final, aside, old = (self.path / name for name in ("final", ".final.tmp", ".final.old.tmp"))
         refuse_links(self.path)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -594,12 +594,14 @@ class Run:
                 write_json(aside / "chosen.json", choice)
                 checkpoint.seal(aside)
                 if final.exists() and checkpoint.complaint_about_checkpoint(final) is None:
-                    shutil.rmtree(final)
+                    final.rename(old)  # status.json was not written any more; half of a result must not stay in its place
                 elif final.exists():  # damaged, or somebody's own
                     say(f"{final} is set aside as {checkpoint.set_aside(final).name}: it is no whole result")
                 aside.rename(final)
+                flush(self.path)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            for left in (aside, old):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _restore_from_mirror(self, mirror: Path) -> None:
         """A machine that lost its disk goes on from the mirror."""

@@ -31,7 +31,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, oasst_file
 def test_the_run_ends(recipe: Path, tmp_path: Path, engine: str, fault: str) -> None:
     run = tmp_path / "run"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{engine}.yaml"]
-    script = ["tests/on_cpu.py", "tests/faulty.py", fault, "scripts/train.py", str(recipe), f"output.dir={run}"]
+    script = ["tests/on_cpu.py", "tests/faults/faulty.py", fault, "scripts/train.py", str(recipe), f"output.dir={run}"]
     done = subprocess.run(
         [*launch, "--num_processes", "2", "--main_process_port", "0", *script, f"stop.hung_after_minutes={HUNG_AFTER / 60}"],
         cwd=ROOT,
