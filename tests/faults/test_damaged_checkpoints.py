@@ -139,13 +139,6 @@ def first(found: dict[str, torch.Tensor], part: str = "") -> str:
     return next(name for name in found if part in name)
 
 
-def linked(folder: Path) -> None:
-    """A good checkpoint, elsewhere."""
-    outside = folder.parents[2] / "outside"
-    folder.rename(outside)
-    folder.symlink_to(outside)
-
-
 def nested(folder: Path) -> None:
     """As `cp -r` leaves it, where the target is there already."""
     shutil.move(folder, folder.parent / "moved")
@@ -204,7 +197,6 @@ TREACHEROUS: list[list[tuple[Damage, str]]] = [
         (tensors(OPTIMIZER, lambda found: found[first(found, "exp_avg_sq")].fill_(float("inf"))), "optimizer.safetensors: base_model"),
         (text(ADAPTER, "not a tensor"), "adapter_model.safetensors cannot be read"),
         (text(OPTIMIZER, "\xff" * 8), "optimizer.safetensors cannot be read"),
-        (linked, "step-000010 is a symbolic link"),
         (linked_file, "optimizer.safetensors is a symbolic link"),
         (as_file, "manifest.json is missing"),
     ],
