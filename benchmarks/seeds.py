@@ -38,7 +38,7 @@ from qlora_suite.preparation import prepare, trimmed
 from qlora_suite.recipe import Chat, Model, Recipe
 from qlora_suite.recipe_file import load
 from qlora_suite.role_markers import RoleMarkers
-from qlora_suite.run_folder import hardware, prepared_tokenizer
+from qlora_suite.run_facts import hardware, prepared_tokenizer
 from qlora_suite.selection import Counts, selected
 from qlora_suite.tracking import read_journal, say
 

@@ -31,7 +31,7 @@ from qlora_suite.launched_runs import ROOT
 from qlora_suite.model import versions
 from qlora_suite.preparation import prepare
 from qlora_suite.recipe_file import load
-from qlora_suite.run_folder import hardware
+from qlora_suite.run_facts import hardware
 from qlora_suite.selection import selected
 from qlora_suite.tracking import console, read_journal, say
 

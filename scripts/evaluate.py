@@ -60,7 +60,7 @@ from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Chat, Model
 from qlora_suite.report import benchmark_lines, cut_line, headline, left_out_lines, markdown, result_table
 from qlora_suite.report_page import journals_of, report_page
-from qlora_suite.run_folder import hardware
+from qlora_suite.run_facts import hardware
 from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, read_answers
 from qlora_suite.subject import Column, Subject, columns_of, renderers_of, subject_of
 from qlora_suite.tracking import console, say

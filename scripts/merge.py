@@ -35,7 +35,7 @@ from qlora_suite.merging import merged, published_base, published_type, target_t
 from qlora_suite.model import base_fingerprint, commit_of, load_base, load_config, logical_size, versions
 from qlora_suite.modelfile import modelfile, reads_safetensors, stop_texts
 from qlora_suite.recipe import Model
-from qlora_suite.run_folder import hardware
+from qlora_suite.run_facts import hardware
 from qlora_suite.serving import QUANTIZED, Served, check_commands, commands, why_merged_only
 from qlora_suite.subject import subject_of, unquantised_base
 from qlora_suite.tracking import console, say

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qlora_suite import anomalies, black_box, compatibility, dataset, optimizer, run_folder
+from qlora_suite import anomalies, black_box, compatibility, dataset, optimizer, run_facts, run_folder
 from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
@@ -72,7 +72,7 @@ def train(recipe: Recipe) -> None:
         Watchdog(run.path, accelerator.process_index, hung_after * 60, accelerator.num_processes) as watch,
     ):
         with watch.allow("hashing the base"), together(accelerator):
-            identity = run_folder.identity(recipe, manifest) if accelerator.is_main_process else None
+            identity = run_facts.identity(recipe, manifest) if accelerator.is_main_process else None
         identity = gathered(accelerator, identity)[0]
         if run.finished:
             with together(accelerator):
@@ -81,14 +81,14 @@ def train(recipe: Recipe) -> None:
             return
 
         # ---- model, adapter, optimiser; then whatever a checkpoint knows better ---------------------------------------------
-        tokenizer = run_folder.prepared_tokenizer(folder)
+        tokenizer = run_facts.prepared_tokenizer(folder)
         renderer = Renderer(tokenizer, recipe.chat, RoleMarkers.from_json(manifest["role_markers"]))
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         with watch.allow("loading the base", minutes=hung_after * accelerator.num_processes):
             with taking_turns(accelerator):  # eight processes of a machine do not need eight copies in its memory
                 sharded = name_of(accelerator) == compatibility.FSDP2
                 net, base = build_model(recipe, manifest, dtype, accelerator.device, sharded)
-            state = run.resume(net, identity, run_folder.rounding(recipe, dtype))
+            state = run.resume(net, identity, run_facts.rounding(recipe, dtype))
         net.train()
 
         def trial(num_rows: int, checkpointing: bool) -> None:

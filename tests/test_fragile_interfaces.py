@@ -26,7 +26,7 @@ from qlora_suite.model import _times_memory_was_short, base_fingerprint, load_ba
 from qlora_suite.preemption import StopRequest
 from qlora_suite.recipe import Adapter, Model, Optim
 from qlora_suite.recipe_file import load
-from qlora_suite.run_folder import model_class
+from qlora_suite.result import model_class
 
 CPU = torch.device("cpu")
 LAUNCHES = {

@@ -119,7 +119,7 @@ def test_a_kill_before_final_was_written(recipe: Path, whole: Callable[[str], Pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_write_final", killed)
+        patch.setattr(Run, "_write_result", killed)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, f"output.dir={run}")
     train(recipe, f"output.dir={run}")

@@ -22,7 +22,7 @@ from qlora_suite.evaluation import bootstrapped
 from qlora_suite.files import check_version, hash_of, read_json
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import load
-from qlora_suite.run_folder import DATA
+from qlora_suite.run_facts import DATA
 from qlora_suite.tracking import read_journal
 
 LN2 = math.log(2)

@@ -31,7 +31,7 @@ from qlora_suite.assistant import Assistant
 from qlora_suite.chat import Renderer
 from qlora_suite.model import load_base, load_config
 from qlora_suite.recipe import Model
-from qlora_suite.run_folder import save_pretrained
+from qlora_suite.result import save_pretrained
 from qlora_suite.subject import unquantised_base
 
 ADAPTER = "default"

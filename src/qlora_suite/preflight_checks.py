@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from qlora_suite import accelerate_config, adapter, checkpoint, compatibility, prequantized, run_folder
+from qlora_suite import accelerate_config, adapter, checkpoint, compatibility, prequantized, run_facts
 from qlora_suite.base_files import weight_files
 from qlora_suite.batches import Order, check_division
 from qlora_suite.cards import Card
@@ -270,7 +270,7 @@ def data_findings(recipe: Recipe, manifest: Mapping[str, Any], rows: Rows, dev: 
     found.append(_lengths(recipe, rows, config, counts))
     found.append(_cut(recipe, counts))
     found.append(caught("development", lambda: _dev(recipe, dev)))
-    servable, because = run_folder.servable_as(recipe, manifest)
+    servable, because = run_facts.servable_as(recipe, manifest)
     found.append(Finding("ok", "servable", f"as {'an adapter' if servable == 'adapter' else servable}: {because}"))
     return found
 
@@ -291,7 +291,7 @@ def _template(recipe: Recipe, manifest: Mapping[str, Any]) -> Finding:
 
 def _ends(recipe: Recipe, manifest: Mapping[str, Any], rows: Rows) -> Finding:
     """A model learns to stop from the end token behind each answer that is learnt."""
-    tokenizer = run_folder.prepared_tokenizer(Path(recipe.data.prepared))
+    tokenizer = run_facts.prepared_tokenizer(Path(recipe.data.prepared))
     if recipe.chat.format == "text":
         ends: tuple[int, ...] = (tokenizer.eos_token_id,)
     else:
@@ -514,7 +514,7 @@ def output_finding(recipe: Recipe, manifest: Mapping[str, Any] | None) -> Findin
     steps = checkpoint.steps(folder / "checkpoints")
     then = status.get("identity") or {}
     if manifest is not None and then:
-        checkpoint.check_identity(then, run_folder.identity(recipe, manifest), folder)
+        checkpoint.check_identity(then, run_facts.identity(recipe, manifest), folder)
     if status.get("state") == "finished":
         return Finding("look", "output", f"the run in {folder} is finished: nothing would be trained", "set output.dir to train anew")
     good = next((s for s in reversed(steps) if not checkpoint.complaint_about_checkpoint(folder / "checkpoints" / f"step-{s:06d}")), None)

@@ -1,13 +1,10 @@
 """A run's folder: who may write to it, what stands in it, when it is saved and how it ends."""
 
 import contextlib
-import json
 import math
-import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 import uuid
@@ -16,29 +13,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import accelerate.utils.other
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
-from peft.utils import CONFIG_NAME
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from qlora_suite import adapter, black_box, checkpoint, compatibility, disk_space, generation, micro_batch
 from qlora_suite.batches import Limit, Order
 from qlora_suite.checkpoint import State, Trained
-from qlora_suite.dataset import data_hash
 from qlora_suite.engine import Engine
-from qlora_suite.files import errors_name, flush, write_json, write_text
-from qlora_suite.model import base_fingerprint, load_config, versions
+from qlora_suite.files import write_json, write_text
+from qlora_suite.leaks import redacted
+from qlora_suite.model import versions
 from qlora_suite.preemption import StopRequest
-from qlora_suite.prequantized import record_of, source_of
+from qlora_suite.prequantized import source_of
 from qlora_suite.ranks import gathered, together
-from qlora_suite.recipe import Recipe, curve_keys, flatten, names_files
+from qlora_suite.recipe import Recipe, flatten
 from qlora_suite.recipe_file import to_yaml
 from qlora_suite.remarks import remarks
+from qlora_suite.result import write_result
+from qlora_suite.run_facts import BASE, git_state, hardware, precision_name, processes_text, rounding, servable_as
 from qlora_suite.run_place import check_links, check_mirror, check_path, check_run_folder
 from qlora_suite.tracking import Journal, Status, say, start_trackers, sync_command
 from qlora_suite.watchdog import explain_lost_peers
@@ -48,20 +42,6 @@ SEEN_WITHIN_SECONDS = 60.0
 """A network file system may take its time to show a new file to another node."""
 LONGEST_PAUSE = 64
 """Steps from a save that failed to the next try, at most: the first comes after one step, and each pause is twice the one before."""
-DATA = "data (hash of rows and tokenizer)"
-BASE = "base (commit, or hash of its files)"
-
-
-def prepared_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that the rows were made with, role markers and chat template included."""
-    return AutoTokenizer.from_pretrained(folder / "tokenizer")
-
-
-def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What must not change between two starts of one run."""
-    keys = {key: value for key, value in curve_keys(recipe).items() if not names_files(key)}
-    everything = {**keys, DATA: data_hash(manifest), BASE: base_fingerprint(recipe.model)}
-    return json.loads(json.dumps(everything))  # tuples as lists, as they come back from a file
 
 
 @contextlib.contextmanager
@@ -82,7 +62,7 @@ def open_run(recipe: Recipe, accelerator: Accelerator, num_steps: int) -> Iterat
                 yield run
         except BaseException as error:
             if accelerator.is_main_process and not run.finished and not run.taken_over:
-                run.status.write("failed", run.step, num_steps, f"{type(error).__name__}: {error}")
+                run.status.write("failed", run.step, num_steps, redacted(f"{type(error).__name__}: {error}"))
             for tracker in accelerator.trackers if accelerator.is_main_process else ():
                 with contextlib.suppress(Exception):
                     tracker.finish()  # or its last numbers would be lost
@@ -176,7 +156,7 @@ class Run:
         if self.main:
             say(f"goes on from {found}" if found else f"starts in {self.path}")
             if found and self.recipe.draws_noise and state.processes != self.accelerator.num_processes:
-                before, now_on = _processes(state.processes), _processes(self.accelerator.num_processes)
+                before, now_on = processes_text(state.processes), processes_text(self.accelerator.num_processes)
                 say(
                     f"not exact: {before} saved it and {now_on} go on, where adapter.dropout or neftune_noise_alpha draws other noise "
                     "(at 0 the curve would be the same)"
@@ -230,7 +210,7 @@ class Run:
             "attempt": self.status.attempt,
         }
         write_json(self.path / "run.json", self._about)
-        where = engine.name if world == 1 else f"{_processes(world)} ({engine.name})"
+        where = engine.name if world == 1 else f"{processes_text(world)} ({engine.name})"
         how = "all weights" if self.recipe.adapter == "none" else "adapter"
         say(f"model      {self.recipe.model.base}, {self.recipe.model.quantization} base, {how}: {sizes}")
         say(f"markers    {manifest['role_markers']['note'].removeprefix('role markers: ')}")
@@ -550,11 +530,11 @@ class Run:
         source, choice = self.checkpoints / f"step-{chosen:06d}", {"step": chosen, "chosen_by": why}
         try:
             try:
-                self._write_final(source, net, tokenizer, choice)
+                self._write_result(source, net, tokenizer, choice)
             except OSError as error:
                 if not (disk_space.is_full(error) and checkpoint.make_room(self.checkpoints, chosen)):
                     raise
-                self._write_final(source, net, tokenizer, choice)
+                self._write_result(source, net, tokenizer, choice)
         except OSError as error:
             raise OSError(
                 f"the result could not be written to {self.path / 'final'} ({error}); every step is saved ({self.newest.name}): see to the "
@@ -571,37 +551,9 @@ class Run:
             why = self.status.error or self.metrics.error or self.previews.error
             raise OSError(f"step {step} is saved, but not all that it notes in {self.path} ({why}); see to the disk, and start again")
 
-    def _write_final(self, source: Path, net: nn.Module, tokenizer: PreTrainedTokenizerBase, choice: dict[str, Any]) -> None:
-        """The result, from a checkpoint's files: `net` may be sharded by now, and tells only how the weights are to be laid out."""
-        final, aside, old = (self.path / name for name in ("final", ".final.tmp", ".final.old.tmp"))
+    def _write_result(self, source: Path, net: nn.Module, tokenizer: PreTrainedTokenizerBase, choice: dict[str, Any]) -> None:
         refuse_links(self.path)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        try:
-            with errors_name(final):
-                if isinstance(net, PeftModel):
-                    for name in (checkpoint.ADAPTER, CONFIG_NAME):
-                        shutil.copyfile(source / name, aside / name)
-                    checkpoint.check_weights(aside / checkpoint.ADAPTER, load_file(source / checkpoint.ADAPTER), trained=True)
-                else:
-                    dtype = getattr(torch, self.recipe.output.final_dtype or "float32")
-                    weights = {name: tensor.to(dtype) for name, tensor in load_file(source / checkpoint.WEIGHTS).items()}
-                    save_pretrained(net, aside, weights)
-                    config = load_config(self.recipe.model)  # as its maker wrote it: ours was changed for training
-                    config.architectures, config.dtype = [model_class(net).__name__], dtype
-                    config.save_pretrained(aside)
-                tokenizer.save_pretrained(aside)
-                write_json(aside / "chosen.json", choice)
-                checkpoint.seal(aside)
-                if final.exists() and checkpoint.complaint_about_checkpoint(final) is None:
-                    final.rename(old)  # status.json was not written any more; half of a result must not stay in its place
-                elif final.exists():  # damaged, or somebody's own
-                    say(f"{final} is set aside as {checkpoint.set_aside(final).name}: it is no whole result")
-                aside.rename(final)
-                flush(self.path)
-        finally:
-            for left in (aside, old):
-                shutil.rmtree(left, ignore_errors=True)
+        write_result(self.path, source, self.recipe, net, tokenizer, choice)
 
     def _restore_from_mirror(self, mirror: Path) -> None:
         """A machine that lost its disk goes on from the mirror."""
@@ -641,63 +593,3 @@ def refuse_links(folder: Path) -> None:
 def _scalars(recipe: Recipe) -> dict[str, Any]:
     """The recipe as trackers take it: one flat level of numbers and words."""
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flatten(recipe).items()}
-
-
-def model_class(net: nn.Module) -> type[nn.Module]:
-    """The model's class; FSDP2 puts a subclass of its own in its place."""
-    return next(kind for kind in type(net).__mro__ if not issubclass(kind, FSDPModule))
-
-
-def save_pretrained(net: nn.Module, folder: Path, weights: dict[str, Tensor], **options: Any) -> None:
-    """Without importing deepspeed, which accelerate does to unwrap a model wherever it is installed; this one is not wrapped."""
-    known = accelerate.utils.other.is_deepspeed_available
-    accelerate.utils.other.is_deepspeed_available = lambda: False
-    try:
-        net.save_pretrained(folder, state_dict=weights, **options)
-    finally:
-        accelerate.utils.other.is_deepspeed_available = known
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def rounding(recipe: Recipe, dtype: torch.dtype) -> str:
-    """What a run is computed in, and what its quantised base was rounded to before, where that is another type."""
-    record = record_of(recipe.model.base)
-    if record is None or record["precision"] == precision_name(dtype):
-        return precision_name(dtype)
-    return f"{precision_name(dtype)} on a base rounded to {record['precision']}"
-
-
-def _processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
-
-
-def servable_as(recipe: Recipe, manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """(`adapter`, `merged` or `model`, why): in which form other programs can serve what this run makes."""
-    if recipe.adapter == "none":
-        return "model", "every weight is trained"
-    if recipe.adapter.init not in ("default", "gaussian"):
-        return "merged", f"adapter.init: {recipe.adapter.init} has changed the base that the adapter stands on"
-    return manifest["role_markers"]["servable_as"], manifest["role_markers"]["reason"]
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the run computes on."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return {"device": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "count": torch.cuda.device_count()}
-    return {"device": f"CPU ({torch.get_num_threads()} threads)", "machine": platform.machine(), "cores": os.cpu_count()}
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the suite and whether files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603, S607
-
-    return {"commit": git("rev-parse", "HEAD"), "changed_files": len(git("status", "--porcelain").splitlines())}

@@ -23,7 +23,7 @@ from qlora_suite.prequantized import quantization_of, record_of, source_of
 from qlora_suite.recipe import Chat, Model, Recipe
 from qlora_suite.recipe_file import load
 from qlora_suite.role_markers import ASSISTANT, PROMPTER, RoleMarkers, add_role_markers
-from qlora_suite.run_folder import prepared_tokenizer
+from qlora_suite.run_facts import prepared_tokenizer
 from qlora_suite.template_source import IM_END, IM_START, is_chatml
 from qlora_suite.tracking import say
 
