@@ -79,7 +79,7 @@ class Started:
 def start(script: str, *args: str | Path, log: Path, prelude: tuple[Callable, ...] | None = None, **env: str) -> Started:
     """Start scripts/`script` with its arguments; `log` takes both of its streams (from its end on, if it is there)."""
     log.touch()
-    process = _server().Process(target=_run, args=(str(ROOT / "scripts" / script), [str(a) for a in args], str(log), env, prelude))
+    process = server().Process(target=_run, args=(str(ROOT / "scripts" / script), [str(a) for a in args], str(log), env, prelude))
     process.start()
     return Started(process, log)
 
@@ -100,7 +100,8 @@ def has_step(folder: Path, step: int) -> bool:
 
 
 @functools.cache
-def _server() -> Any:
+def server() -> Any:
+    """What starts the processes: multiprocessing's context with the server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     os.environ["OMP_NUM_THREADS"] = "1"  # the server's, and so its children's

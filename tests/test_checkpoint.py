@@ -225,7 +225,7 @@ def test_a_checkpoint_that_does_not_read_back_is_refused(save: Save, monkeypatch
     """The disk took the bytes and lost one after the manifest was made."""
     real = checkpoint.seal
     monkeypatch.setattr(checkpoint, "seal", lambda folder: real(folder) or flip(folder / checkpoint.ADAPTER))
-    with pytest.raises(RuntimeError, match="does not read back"):
+    with pytest.raises(OSError, match="does not read back"):
         save(1)
 
 

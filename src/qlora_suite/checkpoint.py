@@ -245,7 +245,7 @@ def save(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     if complaint := complaint_about_checkpoint(final):
-        raise RuntimeError(f"{final} does not read back as it was written: {complaint}")
+        raise OSError(f"{final} does not read back as it was written: {complaint}")
     return final
 
 

@@ -31,7 +31,11 @@ def parser_for(doc: str) -> argparse.ArgumentParser:
 
     A token among the arguments ends the script here, for argparse repeats what it does not know.
     """
-    with_clear_errors(lambda: refuse_tokens(sys.argv[1:]), debug=False)
+    try:
+        refuse_tokens(sys.argv[1:])
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -239,7 +239,7 @@ class Chat(Section):
 
 
 class Adapter(Section):
-    rank: Positive = 16
+    rank: Annotated[int, Field(gt=0, le=2**16)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     """The update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank))."""
     dropout: Fraction = 0.0

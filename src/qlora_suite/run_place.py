@@ -48,11 +48,9 @@ def check_run_folder(folder: Path) -> None:
     if isinstance(status, dict) and status.get("state") in STATES and "reason" in status:
         return
     foreign = [name for name in names if not _is_left_by_a_run(folder / name)]
-    if foreign or isinstance(status, dict):
+    if foreign or isinstance(status, dict):  # a damaged status.json among a run's own files is made anew
         shown = ", ".join(foreign[:3] or ["a status.json of another program"]) + (", ..." if len(foreign) > 3 else "")
         raise ValueError(f"output.dir: {folder} holds what is of no run ({shown}) and a run might overwrite it; name a folder of its own")
-    if status is not None:
-        raise ValueError(f"{folder / 'status.json'} is damaged ({status}); remove it, and the run goes on from its checkpoints")
 
 
 def check_links(folder: Path) -> None:

@@ -131,7 +131,7 @@ def renderer_of(subject: Subject) -> Renderer:
     if not (subject.adapter or subject.model):
         return _renderer(load_tokenizer(recipe.model), chat, recipe.model)
     markers = read_json(subject.folder / "run.json")["data_manifest"]["role_markers"]
-    return Renderer(AutoTokenizer.from_pretrained(subject.folder / "final"), chat, RoleMarkers.from_json(markers))
+    return Renderer(AutoTokenizer.from_pretrained(subject.folder / "final", trust_remote_code=False), chat, RoleMarkers.from_json(markers))
 
 
 def _chat(subject: Subject) -> Chat:

@@ -123,7 +123,7 @@ class Status:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        before = read_json(path) if path.exists() else {}
+        before = _status_before(path)
         self.state: str = before.get("state", "")
         self.step: int = before.get("step", 0)
         self.attempt: int = before.get("attempt", 0) + 1
@@ -143,6 +143,21 @@ class Status:
             return False
         self.error = ""
         return True
+
+
+def _status_before(path: Path) -> dict[str, Any]:
+    """What the file holds, if it is a status: all of it but the count of attempts follows from the checkpoints."""
+    if not path.exists():
+        return {}
+    try:
+        found = read_json(path)
+        if isinstance(found.get("state"), str) and type(found.get("step")) is type(found.get("attempt")) is int:
+            return {**found, "identity": found["identity"] if isinstance(found.get("identity"), dict) else {}}
+        why = "it holds no status"
+    except (ValueError, AttributeError) as error:
+        why = str(error)
+    say(f"{path} is made anew, for it is damaged: {why}")
+    return {}
 
 
 def start_trackers(accelerator: Accelerator, project: str, folder: Path, config: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import write_recipe
 from fuzzed import CHAT, trials
 from in_process import prepared
-from processes import _server
+from processes import server
 
 from qlora_suite.tracking import Journal, read_journal
 
@@ -30,7 +30,7 @@ def test_no_mutated_file_brings_a_traceback_a_hang_or_the_end_of_the_process(rec
     """Faults 16, 18, 22: some 3,000 mutations of 17 kinds of file, in a process of its own with little memory."""
     journal = tmp_path / "journal"
     (tmp_path / "files").mkdir()
-    process = _server().Process(target=trials, args=(str(tmp_path / "files"), str(recipe), [], PER_KIND, 600.0, SEED, str(journal)))
+    process = server().Process(target=trials, args=(str(tmp_path / "files"), str(recipe), [], PER_KIND, 600.0, SEED, str(journal)))
     process.start()
     process.join(300)
     if process.is_alive():

@@ -14,9 +14,8 @@ from processes import Started, run
 from small_disk import enter, fill, small_disk
 
 from qlora_suite import checkpoint
-from qlora_suite.checkpoint import complaint_about_checkpoint
 from qlora_suite.files import read_json, write_json
-from qlora_suite.run_place import check_mirror, check_path, check_run_folder
+from qlora_suite.run_place import check_mirror, check_path
 from qlora_suite.subject import _file_name
 
 STEPS = 6
@@ -366,12 +365,18 @@ def unblock(folder: Path) -> None:
     folder.parent.unlink()
 
 
-def test_a_status_that_is_damaged_says_what_to_do(tmp_path: Path, whole: Path) -> None:
-    """Fault 8: and without it the run goes on from its checkpoints."""
+@pytest.mark.parametrize(
+    "damaged", ['{"state": "run', "[]", '{"state": 3}', '{"state": "running", "reason": "", "step": "4", "attempt": 1}', ""]
+)
+def test_a_damaged_status_is_made_anew(train: Train, tmp_path: Path, whole: Path, damaged: str) -> None:
+    """Fault 5: it follows from the checkpoints, so a queue's next start must not fail on it."""
     shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "status.json").write_text('{"state": "run')
-    with pytest.raises(ValueError, match=r"status\.json is damaged .* remove it, and the run goes on from its checkpoints"):
-        check_run_folder(tmp_path / "run")
-    (tmp_path / "run" / "status.json").unlink()
-    check_run_folder(tmp_path / "run")
-    assert complaint_about_checkpoint(tmp_path / "run" / "final") is None
+    (tmp_path / "run" / "status.json").write_text(damaged)
+    done = train(f"output.dir={tmp_path / 'run'}")
+    if damaged == '{"state": 3}':  # another program's
+        assert "a status.json of another program" in refusal(done)
+        return
+    assert done.wait() == 0, done.output
+    assert "status.json is made anew, for it is damaged" in done.output
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "finished"
+    assert adapter(tmp_path / "run") == adapter(whole)
