@@ -15,7 +15,7 @@ LONGEST_NAME, LONGEST_PATH = 200, 3500
 STATES = ("running", "stopped", "finished", "failed")
 LEFT_BY_A_RUN = (
     *("status.json", "run.json", "recipe.yaml", "metrics.jsonl", "previews.jsonl", "previews.md", "checkpoints", "final", "final.corrupt*"),
-    *(".lock", ".shared", ".final.tmp", ".*.tmp", "hung-rank*.txt", "stop_request", "slurm_starts.json"),
+    *(".lock", ".shared", ".final.tmp", ".*.tmp", "hung-rank*.txt", "stop_request", "slurm_starts.json", "black_box", "out_of_memory.json"),
     *("report*.md", "report*.json", "report*.html", "evaluation", "merged", "hub"),
 )
 LEFT_BESIDE_IT = ("log", "log.txt", "nohup.out", "*.log", "*.out", "*.err", ".DS_Store", "lost+found", ".nfs*", ".gitignore", ".gitkeep")
