@@ -41,6 +41,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_suite.disk_space import size_of
 from qlora_suite.engine import Engine, shape_of
 from qlora_suite.files import complaint_about, errors_name, file_table, flush, hash_of, read_json, remove, write_json
+from qlora_suite.recipe import default_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -436,14 +437,22 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def check_identity(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Raises ValueError, field by field, if a run would go on with another recipe, other data or another base."""
+    """Raises ValueError, field by field, if a run would go on with another recipe, other data or another base.
+
+    A key that did not exist when the run was started counts as its default, which is what the run did.
+    """
     lines = [
         f"  {key}: was {then.get(key)!r}, is now {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
+        if then.get(key) != now.get(key) and not (key in now and key not in then and _as_in_json(default_of(key)) == now[key])
     ]
     if lines:
         raise ValueError(
             f"the run in {folder} cannot go on, for these would change its curve:\n" + "\n".join(lines) + "\n"
             "put them back, or choose another output.dir for a new run"
         )
+
+
+def _as_in_json(value: Any) -> Any:
+    """Tuples are lists there."""
+    return list(value) if isinstance(value, tuple) else value

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
+from pydantic_core import PydanticUndefined
 
 Positive = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -429,6 +430,26 @@ def curve_keys(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:
         if not (field.json_schema_extra or {}).get("free") and prefix + key not in ("data.prepared", "output.dir"):
             out.update(_flat(prefix + key, getattr(recipe, key), curve_keys))
     return out
+
+
+def default_of(key: str) -> Any:
+    """What a flattened key is where a recipe does not name it; PydanticUndefined, which equals nothing, if it has to be named."""
+    *sections, last = [part for part in key.split(".") if not part.isdecimal()]
+    kind: type[BaseModel] = Recipe
+    for name in sections:
+        section = section_of(kind.model_fields[name].annotation) if name in kind.model_fields else None
+        if section is None:
+            return PydanticUndefined
+        kind = section
+    return kind.model_fields[last].default if last in kind.model_fields else PydanticUndefined
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, if it holds one (or several, or a word instead)."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
 
 
 def names_files(key: str) -> bool:

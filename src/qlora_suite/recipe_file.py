@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qlora_suite.leaks import holds_token, refuse_tokens, secrets_of_environment
-from qlora_suite.recipe import Recipe
+from qlora_suite.recipe import Recipe, section_of
 
 FOREIGN = {
     "device_map": "the base goes whole to each process's device; accelerate_configs/fsdp.yaml and deepspeed_zero3.yaml spread it over GPUs",
@@ -226,7 +226,7 @@ def _complaints(error: Any) -> list[str]:
         # pydantic adds the name of the union's branch ("Adapter", "literal['none']") to the path; a person did not write it
         if part in fields or isinstance(part, int) or (error["type"] == "extra_forbidden" and part == error["loc"][-1]):
             path.append(str(part))
-            inner = _section_of(fields[part].annotation) if part in fields else None
+            inner = section_of(fields[part].annotation) if part in fields else None
             if inner is not None:
                 section, fields = inner, inner.model_fields
     key = ".".join(path)
@@ -267,12 +267,5 @@ def _as_written(value: Any) -> str:
 def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
     """The recipe's sections by their names."""
     for name, field in Recipe.model_fields.items():
-        if (section := _section_of(field.annotation)) is not None:
+        if (section := section_of(field.annotation)) is not None:
             yield name, section
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None

@@ -235,7 +235,7 @@ def differences(report: Mapping[str, Any], conversations: Sequence[Conversation]
         "count": len(rows),
         "num_improved": len(improved),
         "num_worsened": len(worsened),
-        "median": sorted(changes)[len(changes) // 2],
+        "median": float(np.median(changes)),
         "quantiles": [(name, float(np.quantile(changes, share))) for name, share in QUANTILES],
         "improved": shown(improved[:MOST_SHOWN]),
         "worsened": shown(worsened[:MOST_SHOWN]),

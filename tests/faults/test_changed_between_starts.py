@@ -131,3 +131,15 @@ def test_free_keys_may_change(recipe: Path, copy: Path, whole: Path) -> None:
     for key in ("step", "learning_rate", "supervised_tokens"):
         assert column(metrics(copy), key) == column(metrics(whole), key)
     assert checkpoint.steps(copy.parent / "mirror" / "checkpoints") == checkpoint.steps(copy / "checkpoints")
+
+
+def test_a_key_that_is_younger_than_the_run_counts_as_its_default(tmp_path: Path) -> None:
+    """Fault 9: an update of the suite must not end every run that it finds; a value that the run cannot have had does."""
+    now = {"optim.spike_ratio": 10.0, "optim.betas": [0.9, 0.999], "optim.learning_rate": 1e-4}
+    checkpoint.check_identity({"optim.learning_rate": 1e-4}, now, tmp_path)
+    with pytest.raises(ValueError, match=r"optim\.spike_ratio: was None, is now 5\.0"):
+        checkpoint.check_identity({"optim.learning_rate": 1e-4}, {**now, "optim.spike_ratio": 5.0}, tmp_path)
+    with pytest.raises(ValueError, match=r"optim\.learning_rate: was None"):
+        checkpoint.check_identity({}, now, tmp_path)
+    with pytest.raises(ValueError, match=r"optim\.gone: was 1, is now None"):
+        checkpoint.check_identity({**now, "optim.gone": 1}, now, tmp_path)
