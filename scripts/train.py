@@ -134,6 +134,13 @@ def train(recipe: Recipe) -> None:
         def batch_of(row_numbers: list[int]) -> Batch:
             return collate([rows[r] if r != EMPTY else None for r in row_numbers], pad_id).to(accelerator.device)
 
+        def backward_of(row_numbers: list[int], num_tokens: int, last: bool) -> torch.Tensor:
+            """Forward and backward pass of one micro-batch. Returns its summed loss, a device scalar that holds on to nothing."""
+            with engine.accumulate(last):
+                loss_sum = summed_loss(engine.model, batch_of(row_numbers))
+                engine.backward(loss_sum, num_tokens)
+            return loss_sum.detach()
+
         def gradients_of(step: int, step_rows: list[int], num_tokens: int) -> tuple[list[list[int]], list[torch.Tensor]]:
             """Forward and backward pass of this rank's rows of a step, in micro-batches; the engine adds up the gradients.
 
@@ -146,10 +153,7 @@ def train(recipe: Recipe) -> None:
                     for i, row_numbers in enumerate(micro):
                         watch.beat(f"step {step + 1}, micro-batch {i + 1}")
                         seed_for(recipe.seed, step, i, accelerator.process_index)
-                        with engine.accumulate(last=i == len(micro) - 1):
-                            loss_sum = summed_loss(engine.model, batch_of(row_numbers))
-                            engine.backward(loss_sum, num_tokens)
-                        losses.append(loss_sum.detach())
+                        losses.append(backward_of(row_numbers, num_tokens, last=i == len(micro) - 1))
                     return micro, losses
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
@@ -158,8 +162,11 @@ def train(recipe: Recipe) -> None:
                 limit, checkpointing = run.with_less_memory(state, engine, limit, checkpointing, micro, rows.lengths)
                 set_checkpointing(base, checkpointing)
 
-        def looked_at(step: int, micro: list[list[int]], losses: list[torch.Tensor]) -> dict[str, Any]:
-            """A black box of the step, whose gradients are there and not yet applied."""
+        def looked_at(step: int, micro: list[list[int]], losses: list[torch.Tensor]) -> dict[str, Any] | None:
+            """A black box of the step, whose gradients are there and not yet applied; None if there are enough of them."""
+            if state.black_boxes >= black_box.MOST_BOXES:
+                return None
+            state.black_boxes += 1
 
             def forward(i: int) -> None:
                 seed_for(recipe.seed, step, i, accelerator.process_index)

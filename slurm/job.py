@@ -16,8 +16,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qlora_suite import compatibility
 from qlora_suite.accelerate_config import check_base, check_config, engine_of
@@ -133,8 +134,10 @@ def begin(recipe: Recipe) -> str:
     if is_finished(run, recipe):
         return "finished"
     newest = max((path.name for path in (run / "checkpoints").glob("step-*")), default="no checkpoint")
-    noted = read_json(run / STARTS) if (run / STARTS).exists() else {}
-    starts = noted["starts"] + 1 if noted.get("checkpoint") == newest else 1
+    noted, status = read_if_whole(run / STARTS), read_if_whole(run / "status.json")
+    starts = int(noted.get("starts", 0)) + 1 if noted.get("checkpoint") == newest else 1
+    if starts > 1 and ran_out_of_memory(run, status):  # the next one tries less, which is not the same again
+        starts -= 1
     if starts > MAX_STARTS:
         raise ValueError(
             f"{run} was started {MAX_STARTS} times from {newest} and made no new checkpoint, so it is not started again; "
@@ -147,12 +150,27 @@ def begin(recipe: Recipe) -> str:
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
     """Is it, and is it this recipe's? Another one is for train.py to refuse, which says what differs."""
-    if not (run / "status.json").exists() or read_json(run / "status.json").get("state") != "finished":
+    if read_if_whole(run / "status.json").get("state") != "finished":
         return False
     try:
         return curve_keys(load(run / "recipe.yaml")) == curve_keys(recipe)
     except ValueError:
         return False
+
+
+def read_if_whole(path: Path) -> dict[str, Any]:
+    """A JSON object; nothing if it is not there or damaged, as train.py takes it, which makes it anew."""
+    try:
+        found = read_json(path) if path.exists() else {}
+    except (ValueError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def ran_out_of_memory(run: Path, status: Mapping[str, Any]) -> bool:
+    """Did the last start end because a step did not fit, and is there less to try?"""
+    ended = read_if_whole(run / NOTE).get("ended_attempt")
+    return ended is not None and ended == status.get("attempt")
 
 
 def stamp(run: Path) -> str:
@@ -168,12 +186,13 @@ def end(run: Path, before: str) -> tuple[str, str]:
     """How a start ended, and a sentence about it. `accelerate launch` turns every exit code into 1, so only status.json can say."""
     if stamp(run) == before:
         return "silent", "the run ended before it opened its folder; the lines above say why"
-    status = read_json(run / "status.json")
-    state, reason, where = status["state"], status.get("reason", ""), f"at step {status['step']} of {status['num_steps']}"
+    status = read_if_whole(run / "status.json")
+    state, reason = status.get("state", "damaged"), status.get("reason", "")
+    where = f"at step {status.get('step', '?')} of {status.get('num_steps', '?')}"
+    if state in ("running", "failed") and ran_out_of_memory(run, status):
+        return "stopped", f"out of memory {where}; it goes on with smaller micro-batches"
     if state == "running":
         return state, f"the run died {where} without a word: killed, out of memory, or a lost node"
-    if state == "failed" and (run / NOTE).exists() and read_json(run / NOTE).get("ended_attempt") == status["attempt"]:
-        return "stopped", f"out of memory {where}; it goes on with smaller micro-batches"
     return state, f"{state} {where}" + (f" ({reason})" if reason else "")
 
 

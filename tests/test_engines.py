@@ -66,6 +66,12 @@ SPIKED = Case(
     poisoned_at=SPIKE,
     poison=1000.0,
 )
+SPIKE_LEARNT = Case(
+    "spike learnt",
+    ("adapter=none", "model.quantization=none", *SPIKED.overrides[:1], *SHORT[1:]),
+    poisoned_at=SPIKE,
+    poison=1000.0,
+)
 CLIPPED = Case("clipped", ("train.micro_batch=4", "optim.max_grad_norm=0.01"))
 EVERY_WEIGHT = Case("every weight", ("adapter=none", "model.quantization=none", *SHORT))
 HEAD_ROWS = Case("head rows", ("chat.loss_on=all", *SHORT))
@@ -117,6 +123,7 @@ def outcomes(recipe: Path, folder: Path) -> Outcomes:
         POISONED,
         POISONED_FP16,
         SPIKED,
+        SPIKE_LEARNT,
     ]
     cases += [CLIPPED, EVERY_WEIGHT, head_rows, EIGHT_BIT, PAGED, INT8, DORA, DORA_RESUMED, TOO_FEW]
     cells = [Case(c.name, (*c.overrides, *SHORT), c.precision, folder=f"{c.name}") for c in (cell.case(folder) for cell in PAIRS)]
@@ -211,6 +218,17 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(run: Found, eng
         assert records[2]["loss"] is None
         assert all(math.isfinite(r["loss"]) for r in records if r["step"] != 3)
     assert apart(metrics(run("one", POISONED))[3:], metrics(run(engine, POISONED))[3:], "loss") < 1e-5
+
+
+@several
+def test_a_look_at_a_spike_changes_nothing_that_is_learnt(run: Found, engine: str) -> None:
+    """Fault 14: the model is gone through once more between the backward pass and the step, which must not use what that has gathered."""
+    known, found = (metrics(run(e, SPIKE_LEARNT)) for e in ("ddp", engine))
+    assert all(record["applied"] for record in found)
+    assert (run(engine, SPIKE_LEARNT) / "black_box" / f"step-{SPIKE:06d}.json").is_file()
+    assert apart(known, found, "loss") < 1e-4
+    names = [load_file(run(e, SPIKE_LEARNT) / "final" / "model.safetensors") for e in ("ddp", engine)]
+    assert all((names[0][key] - names[1][key]).abs().max() < 1e-3 for key in names[0])
 
 
 @every

@@ -24,8 +24,10 @@ from qlora_suite.files import read_json
 LONGEST_PATTERN, MOST_REPEATS = 2000, 8
 PREFIX = "base_model.model."
 """Of the names in an adapter's file, before the base's own."""
-NOT_READ = ("megatron_config", "layer_replication", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "target_parameters")
+NOT_READ = ("megatron_config", "layer_replication", "eva_config", "corda_config", "lora_ga_config", "loftq_config")
 """Settings with which PEFT imports other packages, reads further files, or builds another model than the base."""
+NOT_KNOWN = ("target_parameters",)
+"""Settings that are harmless, but adapt what is not looked at here."""
 Positive = Annotated[int, Field(gt=0)]
 Names = str | list[str] | None
 
@@ -51,7 +53,7 @@ class AdapterConfig(BaseModel):
     use_rslora: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False
-    init_lora_weights: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
+    init_lora_weights: bool | Annotated[str, Field(pattern=r"^(gaussian|olora|orthogonal|pissa(_niter_\d{1,3})?)$")] = True
 
 
 def check(folder: Path, base: PreTrainedModel) -> None:
@@ -65,7 +67,8 @@ def check(folder: Path, base: PreTrainedModel) -> None:
         _check_pattern(pattern)
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     rows = {shape[0] for shape in of_lora.values()}
-    if of_lora and (not rows <= ranks or max(ranks) > max(rows)):
+    largest = max(base.get_input_embeddings().weight.shape)  # no module is wider, and no rank beyond that would be saved
+    if of_lora and (not rows <= ranks or max(ranks) > max(largest, *rows)):
         raise ValueError(f"{CONFIG_NAME} has rank {max(ranks):,}, but its weights are of rank {', '.join(map(str, sorted(rows)))}")
     _check_tokens(config, base)
     if not getattr(base, "_checkpoint_conversion_mapping", None):  # else the file has other names than the model
@@ -78,7 +81,7 @@ def _read_config(path: Path) -> AdapterConfig:
         raise ValueError(f"{path.name} does not hold keys and values")
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{path.name} has peft_type: {values.get('peft_type')}; what is read here is LORA")
-    for key in NOT_READ:
+    for key in (*NOT_READ, *NOT_KNOWN):
         if values.get(key):
             raise ValueError(f"{path.name} sets {key}, which is not read here; merge the adapter where it was made, and use the full model")
     try:

@@ -47,6 +47,8 @@ def look(
     """
     rank, found = engine.accelerator.process_index, [loss.item() for loss in losses]
     worst = max(range(len(found)), key=lambda i: found[i] if math.isfinite(found[i]) else math.inf)
+    outputs = _outputs(engine.unwrapped, lambda: forward(worst))
+    engine.after_a_look()
     mine = {
         "micro_batches": [
             {
@@ -57,7 +59,7 @@ def look(
             }
             for i, (numbers, loss) in enumerate(zip(micro, found, strict=True))
         ],
-        "layers": {"rank": rank, "micro_batch": worst + 1, "outputs": _outputs(engine.unwrapped, lambda: forward(worst))},
+        "layers": {"rank": rank, "micro_batch": worst + 1, "outputs": outputs},
     }
     of_ranks = gathered(engine.accelerator, mine)
     return {
@@ -71,8 +73,6 @@ def look(
 def write(run: Path, step: int, box: Mapping[str, Any], journal: Sequence[Mapping[str, Any]]) -> str:
     """Write a step's black box into the run's folder. Returns where it is, or why it is not, for the end of a sentence."""
     path = run / FOLDER / f"step-{step:06d}.json"
-    if path.parent.is_dir() and not path.exists() and len(list(path.parent.iterdir())) >= MOST_BOXES:
-        return ""
     last = [record for record in journal if "loss" in record][-LAST_STEPS:]
     try:
         write_json(path, _as_json({"step": step, **box, "last_steps": last}))
@@ -99,18 +99,22 @@ def _row(rows: Rows, number: int, tokenizer: PreTrainedTokenizerBase) -> dict[st
     return {"row": number, "supervised": int(row["supervised"].sum()), "conversations": conversations}
 
 
-def _outputs(model: nn.Module, forward: Callable[[], Any]) -> dict[str, dict[str, float]]:
-    """Each layer's extremes in one forward pass."""
+def _outputs(model: nn.Module, forward: Callable[[], Any]) -> dict[str, Any]:
+    """Each layer's extremes in one forward pass; beside those that came before it, an `error`: a look must not end the run."""
     found: dict[str, dict[str, float]] = {}
-    with _hooked(model, found), torch.no_grad():
-        forward()
+    try:
+        with _hooked(model, found), torch.no_grad():
+            forward()
+    except RuntimeError as error:
+        return {**found, "error": str(error).splitlines()[0]}
     return found
 
 
 @contextlib.contextmanager
 def _hooked(model: nn.Module, found: dict[str, dict[str, float]]) -> Iterator[None]:
     layers = model.config.get_text_config().num_hidden_layers
-    stack, modules = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
+    stacks = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
+    stack, modules = next(stacks, ("", []))
 
     def hook(name: str) -> Callable[..., None]:
         def note(_module: nn.Module, _args: Any, output: Any) -> None:

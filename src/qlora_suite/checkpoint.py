@@ -44,6 +44,12 @@ from qlora_suite.files import complaint_about, errors_name, file_table, flush, h
 from qlora_suite.recipe import default_of
 
 FORMAT_VERSION = 1
+LEFTOVERS = (
+    *("checkpoints/.step-*.tmp", ".final.tmp", ".final.old.tmp", ".previews.md.*.tmp", ".status.json.*.tmp", ".run.json.*.tmp"),
+    *(".recipe.yaml.*.tmp", ".metrics.jsonl.*.tmp", ".previews.jsonl.*.tmp", "black_box/.step-*.tmp", ".out_of_memory.json.*.tmp"),
+    ".shared",
+)
+"""What a killed process was writing in a run's folder, or in a mirror."""
 MANIFEST = "manifest.json"
 ADAPTER, WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "weights.safetensors", "optimizer.safetensors", "state.json"
 NAME = re.compile(r"step-([0-9]{6,18})")
@@ -62,6 +68,8 @@ class State:
     skipped_steps: int = 0
     """Steps that were not applied."""
     skipped_in_a_row: int = 0
+    black_boxes: int = 0
+    """Steps that have left one."""
     norms: list[float] = field(default_factory=list)
     """Gradient norms of the last steps that were applied, against which a spike is told."""
     best: dict[str, float] | None = None
@@ -106,7 +114,8 @@ def _is_row_limit(value: Any) -> bool:
 
 GOOD: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
-        ("step", "tokens", "skipped_steps", "skipped_in_a_row", "evaluations_without_gain", "evaluated", "processes"), _is_count
+        ("step", "tokens", "skipped_steps", "skipped_in_a_row", "black_boxes", "evaluations_without_gain", "evaluated", "processes"),
+        _is_count,
     ),
     "seconds": lambda value: _is_number(value) and value >= 0,
     "best": lambda value: value is None or _has(value, step=lambda x: _is_count(x, 1), loss=_is_number),
@@ -130,8 +139,6 @@ def lock(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in (*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")):
-                remove(leftover)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
@@ -141,6 +148,9 @@ def lock(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(_holder_name())
         file.flush()
+        for leftover in (left for pattern in LEFTOVERS for left in folder.glob(pattern)):
+            with contextlib.suppress(OSError):
+                remove(leftover)
         yield
 
 

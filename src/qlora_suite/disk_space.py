@@ -32,23 +32,26 @@ class Need:
         return f"{self.checkpoints} checkpoint{'s'[: self.checkpoints > 1]} of {size_text(self.one)}, result {size_text(self.result)}"
 
 
-def need_of(recipe: Recipe, num_trained: int) -> Need:
-    """What a run with so many trained weights will need in output.dir."""
+def need_of(recipe: Recipe, num_trained: int, num_steps: int | None = None) -> Need:
+    """What a run with so many trained weights will need in output.dir; of so many steps, or of any number."""
     tokenizer = sum(path.stat().st_size for path in (Path(recipe.data.prepared) / "tokenizer").glob("*"))
     one = int((4 + MOMENTS[recipe.optim.name]) * num_trained) + tokenizer
     kept = recipe.checkpoints
     evaluates = recipe.evaluation.every_steps is not None
     periodic = kept.every_steps is not None or kept.every_minutes is not None or evaluates
     result = (2 if recipe.output.final_dtype in ("float16", "bfloat16") else 4) * num_trained + tokenizer
-    return Need(one, kept.keep + evaluates + 1 if periodic else 1, result)
+    most = kept.keep + evaluates + 1 if periodic else 1
+    if num_steps is not None:  # `keep: 1000` keeps no more than are made
+        most = min(most, num_steps if kept.every_minutes is not None or evaluates else num_steps // (kept.every_steps or num_steps) + 1)
+    return Need(one, most, result)
 
 
-def check_free(recipe: Recipe, num_trained: int) -> None:
+def check_free(recipe: Recipe, num_trained: int, num_steps: int) -> None:
     """Raises ValueError if output.dir, or the mirror if it can be reached, has less room than the run will need.
 
     What stands there already counts: a run that goes on prunes its own. Quotas are not seen; a save that meets one is tried again.
     """
-    need = need_of(recipe, num_trained)
+    need = need_of(recipe, num_trained, num_steps)
     places = {"output.dir": (Path(recipe.output.dir), need.total)}
     if recipe.output.mirror is not None:
         places["output.mirror"] = (Path(recipe.output.mirror), need.checkpoints * need.one)

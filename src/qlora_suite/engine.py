@@ -282,6 +282,9 @@ class Engine:
         """Forget what `backward` has added up."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def after_a_look(self) -> None:
+        """To be called after a forward pass between `backward` and `step`."""
+
     def loss_scale(self) -> float:
         """What fp16 losses are multiplied by; 1 in other precisions."""
         return self.scaler.get_scale()
@@ -363,6 +366,14 @@ class FSDP2(Engine):
         register_fsdp_forward_method(wrapped, "generate")  # it calls the layers without passing through the root's forward
         return wrapped, prepared.optimizer
 
+    def after_a_look(self) -> None:
+        """The root keeps its weights gathered after a forward pass, until a backward pass comes: the next step would use the old ones."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
 
 class Zero(Engine):
     """DeepSpeed ZeRO: gradients and optimiser (stage 2), weights too (stage 3) are sharded over the ranks.
@@ -390,7 +401,7 @@ class Zero(Engine):
                 min_scale=2.0**-16,
                 delayed_shift=1,
                 consecutive_hysteresis=False,
-                raise_error_at_min_scale=False,  # `check_nonfinite` says it better
+                raise_error_at_min_scale=False,  # `anomalies.check_skipped` says it better
             )
         return wrapped, wrapped.optimizer
 

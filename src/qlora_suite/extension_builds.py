@@ -13,7 +13,12 @@ DEAD_AFTER_SECONDS = 300.0
 
 
 def release_dead_builds(root: Path | None = None) -> list[Path]:
-    """Remove the locks of builds that died; returns them. `root`: the folder of the extensions (default: torch's)."""
+    """Remove the locks of builds that died; returns them. `root`: the folder of the extensions (default: torch's).
+
+    The first process of a machine does it: between two looks of several, a lock may be a new one.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return []
     if root is None:
         from torch.utils.cpp_extension import get_default_build_root
 

@@ -1,7 +1,7 @@
 """What went wrong in a run without ending it, as metrics.jsonl has it, for the report: a line for each kind.
 
 spike, clipped                     2 x  steps 212, 840     gradient norm 91.3, median gradient norm 2.1
-checkpoint not written             1 x  step 300           error No space left on device
+checkpoint failed                  1 x  step 300           error No space left on device
 """
 
 from collections import defaultdict
@@ -15,7 +15,13 @@ _MOST_STEPS = 5
 
 def incidents(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """{"what", "count", "steps", "last"} of each kind in the order of their first steps; `last` says the details of the last one."""
-    events = [(_name(record), record) for record in metrics if "event" in record]
+    # A step that is done again after a resume goes wrong again in the same way; a disk that fails twice has failed twice.
+    once = {
+        (record["event"], record["step"], record["attempt"] if "applied" not in record else 0): record
+        for record in metrics
+        if "event" in record
+    }
+    events = [(_name(record), record) for record in once.values()]
     known = {record["step"] for _, record in events}
     events += [(SCALE_SEARCH, r) for r in metrics if r.get("applied") is False and "loss" in r and r["step"] not in known]
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)

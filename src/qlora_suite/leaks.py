@@ -19,7 +19,10 @@ import yaml
 
 from qlora_suite.files import read_json
 
-TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_[A-Za-z0-9_]{20,})")
+TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|wandb_v1_[A-Za-z0-9_]{20,}"
+    r"|sk-(?:proj-|svcacct-|admin-|ant-[a-z0-9]+-)[A-Za-z0-9_-]{20,}|sk-(?=[A-Za-z]*[0-9])[A-Za-z0-9]{20,})"
+)
 """Of the hub, of OpenAI (and those who write theirs alike), of Weights & Biases. Its older keys, 40 hex digits, look like a commit."""
 SECRET_VARIABLE = re.compile(r"(TOKEN|API_?KEY|ACCESS_?KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
 """Names of environment variables that hold a secret (HF_TOKEN, WANDB_API_KEY; not HF_TOKEN_PATH)."""

@@ -112,6 +112,11 @@ def write_note(
     write_json(folder / NOTE, found)
 
 
+def ended_attempt(folder: Path) -> int | None:
+    """The attempt that ended because of what the note says; None if there is no note, or the run went on by itself."""
+    return read_json(folder / NOTE)["ended_attempt"] if (folder / NOTE).is_file() else None
+
+
 def within_note(folder: Path, limit: Limit, checkpointing: bool, hardware: dict[str, Any], processes: int) -> tuple[Limit, bool]:
     """The limit, or what an earlier start on the same hardware has left of it. Raises ValueError if the note is damaged."""
     if not (folder / NOTE).is_file():

@@ -54,6 +54,8 @@ def write_result(
             aside.rename(final)
             flush(run)
     finally:
+        if old.exists() and not final.exists():
+            old.rename(final)
         for left in (aside, old):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import platform
-import shutil
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from qlora_suite.checkpoint import State, Trained
 from qlora_suite.engine import Engine
 from qlora_suite.files import write_json, write_text
 from qlora_suite.leaks import redacted
+from qlora_suite.mirror import check_mirrored, copy_to, refuse_links, restore_from
 from qlora_suite.model import versions
 from qlora_suite.preemption import StopRequest
 from qlora_suite.prequantized import source_of
@@ -33,7 +33,7 @@ from qlora_suite.recipe_file import to_yaml
 from qlora_suite.remarks import remarks
 from qlora_suite.result import write_result
 from qlora_suite.run_facts import BASE, git_state, hardware, precision_name, processes_text, rounding, servable_as
-from qlora_suite.run_place import check_links, check_mirror, check_path, check_run_folder
+from qlora_suite.run_place import check_mirror, check_path, check_run_folder
 from qlora_suite.tracking import Journal, Status, say, start_trackers, sync_command
 from qlora_suite.watchdog import explain_lost_peers
 
@@ -111,7 +111,7 @@ class Run:
         self.recipe, self.path, self.accelerator, self.num_steps = recipe, path, accelerator, num_steps
         self.main = accelerator.is_main_process
         self.checkpoints = path / "checkpoints"
-        self.status = Status(path / "status.json")
+        self.status = Status(path / "status.json", quiet=not self.main)
         self.step = self.status.step
         done = self.main and self.status.state == "finished" and checkpoint.complaint_about_checkpoint(path / "final") is None
         self.finished: bool = gathered(accelerator, done)[0]
@@ -125,6 +125,7 @@ class Run:
         """The newest checkpoint; main process only, as the next three."""
         self.taken_over = False
         self._held = held
+        self._next_look = 0.0
         self._about: dict[str, Any] = {}
 
     # ---- beginning ----------------------------------------------------------------------------------------------------------
@@ -142,9 +143,7 @@ class Run:
             if self.main:
                 if self.recipe.output.mirror:
                     check_mirrored(Path(self.recipe.output.mirror), now)
-                    if not checkpoint.steps(self.checkpoints):
-                        self._restore_from_mirror(Path(self.recipe.output.mirror))
-                self.resumed_from = checkpoint.latest(self.checkpoints)  # it sets damaged ones aside
+                self.resumed_from = self._newest_good()
         self.resumed_from = found = gathered(self.accelerator, self.resumed_from)[0]
         state = State(identity=dict(now))
         with together(self.accelerator):
@@ -153,24 +152,45 @@ class Run:
                 checkpoint.check_identity(state.identity, now, self.path)
                 checkpoint.load_weights(found, net)
         self.step = state.step
-        if self.main:
-            say(f"goes on from {found}" if found else f"starts in {self.path}")
-            if found and self.recipe.draws_noise and state.processes != self.accelerator.num_processes:
-                before, now_on = processes_text(state.processes), processes_text(self.accelerator.num_processes)
-                say(
-                    f"not exact: {before} saved it and {now_on} go on, where adapter.dropout or neftune_noise_alpha draws other noise "
-                    "(at 0 the curve would be the same)"
-                )
-            if found and state.precision not in ("", precision):
-                say(f"not exact: it was computed in {state.precision} and goes on in {precision}")
-            self.newest = found
-            self.metrics = Journal(self.path / "metrics.jsonl", state.step)
-            self.previews = Journal(self.path / "previews.jsonl", state.step)
-            self.status.write("running", state.step, self.num_steps, identity=now)
-            write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
-            if self.recipe.tracking.trackers:
-                start_trackers(self.accelerator, self.recipe.tracking.project, self.path, _scalars(self.recipe))
+        with together(self.accelerator):
+            if self.main:
+                self._begin(state, found, now, precision)
         return state
+
+    def _begin(self, state: State, found: Path | None, now: Mapping[str, Any], precision: str) -> None:
+        """Say where it goes on, and open what it writes."""
+        say(f"goes on from {found}" if found else f"starts in {self.path}")
+        if found and self.recipe.draws_noise and state.processes != self.accelerator.num_processes:
+            before, now_on = processes_text(state.processes), processes_text(self.accelerator.num_processes)
+            say(
+                f"not exact: {before} saved it and {now_on} go on, where adapter.dropout or neftune_noise_alpha draws other noise "
+                "(at 0 the curve would be the same)"
+            )
+        if found and state.precision not in ("", precision):
+            say(f"not exact: it was computed in {state.precision} and goes on in {precision}")
+        self.newest = found
+        self.metrics = Journal(self.path / "metrics.jsonl", state.step)
+        self.previews = Journal(self.path / "previews.jsonl", state.step)
+        self.status.write("running", state.step, self.num_steps, identity=now)
+        write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
+        if self.recipe.tracking.trackers:
+            start_trackers(self.accelerator, self.recipe.tracking.project, self.path, _scalars(self.recipe))
+
+    def _newest_good(self) -> Path | None:
+        """The checkpoint to go on from, its own or the mirror's; damaged ones are set aside. None at a beginning.
+
+        Raises ValueError if there are some and none is good.
+        """
+        mirror = self.recipe.output.mirror and Path(self.recipe.output.mirror)
+        try:
+            if (found := checkpoint.latest(self.checkpoints)) or not mirror:
+                return found
+            restore_from(mirror, self.checkpoints)
+        except ValueError:  # all of them are damaged
+            if not mirror or checkpoint.steps(self.checkpoints) or not checkpoint.steps(mirror / "checkpoints"):
+                raise
+            restore_from(mirror, self.checkpoints)
+        return checkpoint.latest(self.checkpoints)
 
     def resume_engine(self, engine: Engine, state: State) -> None:
         """Give the engine what the checkpoint knows beside the weights: the optimiser's moments and the loss scale."""
@@ -184,9 +204,12 @@ class Run:
         """Say, and keep in run.json, what runs where. Raises ValueError if its checkpoints will not fit on the disk."""
         with together(self.accelerator):
             if self.main:
-                disk_space.check_free(self.recipe, sizes.trainable)
-        if not self.main:
-            return
+                disk_space.check_free(self.recipe, sizes.trainable, self.num_steps)
+                self._describe(manifest, sizes, engine, order, limit, checkpointing)
+
+    def _describe(
+        self, manifest: Mapping[str, Any], sizes: adapter.Size, engine: Engine, order: Order, limit: Limit, checkpointing: bool
+    ) -> None:
         world = self.accelerator.num_processes
         servable, because = servable_as(self.recipe, manifest)
         precision = precision_name(engine.dtype)
@@ -260,13 +283,13 @@ class Run:
                 say(f"tracking FAILED ({type(error).__name__}: {error}); training goes on, and metrics.jsonl has every number")
                 self.add_event(step, "tracker failed", error=f"{type(error).__name__}: {error}")
 
-    def add_anomaly(self, state: State, found: str, box: Mapping[str, Any], loss: float, grad_norm: float, applied: bool) -> None:
-        """Say and note a step that went wrong, and keep its black box."""
+    def add_anomaly(self, state: State, found: str, box: Mapping[str, Any] | None, loss: float, grad_norm: float, applied: bool) -> None:
+        """Say and note a step that went wrong, and keep its black box if there is one."""
         if not self.main:
             return
         step, usual = state.step + 1, statistics.median(state.norms) if state.norms else None
         seen = {"grad_norm": grad_norm, "median_grad_norm": usual, "applied": applied}
-        where = black_box.write(self.path, step, {"event": found, "loss": loss, **seen, **box}, self.metrics.records)
+        where = black_box.write(self.path, step, {"event": found, "loss": loss, **seen, **box}, self.metrics.records) if box else ""
         beside = f", the median of the last steps is {usual:.3g}" if usual is not None else ""
         done = "clipped" if applied else "not applied"
         say(f"step {step}: {found}: loss {loss:.3f}, gradient norm {grad_norm:.3g}{beside}; {done}{where}")
@@ -278,6 +301,10 @@ class Run:
             found = micro_batch.within_note(
                 self.path, limit, checkpointing, hardware(self.accelerator.device), self.accelerator.num_processes
             )
+        ended = micro_batch.ended_attempt(self.path) if self.main else None
+        if ended is not None and ended == self.status.attempt - 1:
+            rows, tokens = found[0].rows, found[0].tokens
+            self.add_event(self.step, "out of memory", rows=rows, tokens_at_once=tokens, checkpointing=found[1])
         return gathered(self.accelerator, found)[0]
 
     def with_less_memory(
@@ -289,14 +316,15 @@ class Run:
         """
         less, checkpointing = micro_batch.smaller(limit, checkpointing, self.recipe.train, micro, lengths)
         on_the_spot, step = engine.name == compatibility.ONE, state.step + 1
-        micro_batch.write_note(
-            self.path,
-            less,
-            checkpointing,
-            hardware(self.accelerator.device),
-            self.accelerator.num_processes,
-            None if on_the_spot else self.status.attempt,
-        )
+        with contextlib.suppress(OSError) if on_the_spot else contextlib.nullcontext():  # the next start would find it out again
+            micro_batch.write_note(
+                self.path,
+                less,
+                checkpointing,
+                hardware(self.accelerator.device),
+                self.accelerator.num_processes,
+                None if on_the_spot else self.status.attempt,
+            )
         now = f"at most {less.rows} rows or {less.tokens:,} tokens at once" + (", activations recomputed" if checkpointing else "")
         if not on_the_spot:
             raise ValueError(
@@ -351,7 +379,9 @@ class Run:
 
         Raises ValueError if the folder was deleted and another run is writing there now.
         """
-        lost, taken_over = engine.sum_over_ranks(*map(float, self._look_after_folder(state.step)))
+        limit = self.recipe.stop.after_minutes
+        ours = (*self._look_after_folder(state.step), limit is not None and seconds >= limit * 60, request.asked())
+        lost, taken_over, time_is_up, asked = engine.sum_over_ranks(*map(float, ours))
         if taken_over:
             with together(self.accelerator):
                 if self.main:
@@ -360,10 +390,9 @@ class Run:
             self.retry_at = state.step
         if early := self.reason_to_stop_early(state):
             return early
-        limit = self.recipe.stop.after_minutes
-        if limit is not None and engine.any_rank(seconds >= limit * 60):
+        if time_is_up:
             return f"after {limit:g} minutes, as stop.after_minutes asks"
-        return ON_REQUEST if engine.any_rank(request.asked()) else ""
+        return ON_REQUEST if asked else ""
 
     def reason_to_stop_early(self, state: State) -> str:
         """Why no further step would help; empty while it may."""
@@ -447,20 +476,10 @@ class Run:
         return checkpoint.save(self.checkpoints, state, net, learnt, tokenizer, to_yaml(self.recipe), base)
 
     def _mirror(self, mirror: Path, written: Path, step: int, best: int | None) -> None:
-        """Copy a checkpoint to the mirror, and prune there. That it fails is said, counted and noted; the next save brings the next."""
-        copies = mirror / "checkpoints"
+        """That it fails is said, counted and noted; the next save brings the next copy."""
         try:
-            refuse_links(mirror)
-            try:
-                checkpoint.copy_checked(written, copies / written.name)
-            except OSError as error:
-                if not (disk_space.is_full(error) and checkpoint.make_room(copies, best)):
-                    raise
-                checkpoint.copy_checked(written, copies / written.name)
-            checkpoint.prune(copies, self.recipe.checkpoints.keep, best)
+            copy_to(mirror, written, self.recipe.checkpoints.keep, best)
         except OSError as error:
-            if not (copies / written.name / checkpoint.MANIFEST).is_file():  # the manifest goes last
-                shutil.rmtree(copies / written.name, ignore_errors=True)
             self.failed_saves += 1
             say(f"mirroring {written.name} FAILED ({error}); it is safe in {self.checkpoints}, failed so far: {self.failed_saves}")
             self.add_event(step, "mirroring failed", error=str(error), failed_saves=self.failed_saves)
@@ -468,9 +487,26 @@ class Run:
     # ---- if it is deleted ---------------------------------------------------------------------------------------------------
 
     def _look_after_folder(self, step: int) -> tuple[bool, bool]:
-        """(is a new checkpoint needed, does another run hold the folder?) What was deleted is written anew as far as it is known."""
-        if not self.main:
+        """(is a new checkpoint needed, does another run hold the folder?) What was deleted is written anew as far as it is known.
+
+        A file system that answers slowly is asked less often: the looks take no more than a fiftieth of the time.
+        """
+        began = time.monotonic()
+        if not self.main or began < self._next_look:
             return False, False
+        try:
+            return self._look(step)
+        except OSError as error:
+            if self.retry_at is None:
+                say(f"{self.path} cannot be looked at, or made anew ({error}); tried again later")
+            return self.retry_at is None, False
+        except ValueError:  # another run has come in between
+            self.taken_over = True
+            return False, True
+        finally:
+            self._next_look = time.monotonic() + 50 * (time.monotonic() - began)
+
+    def _look(self, step: int) -> tuple[bool, bool]:
         wanted = [".lock", "status.json", "metrics.jsonl", "recipe.yaml", "run.json"]
         missing = [name for name in wanted[1:] if not (self.path / name).exists()]
         locked = checkpoint.is_locked_by_us(self.path)
@@ -478,23 +514,15 @@ class Run:
         if locked and not missing and not unsaved:
             return False, False
         gone = [*([] if locked else wanted[:1]), *missing, *([self.newest.name] if unsaved else [])]
-        try:
-            if not locked:
-                self._held.enter_context(checkpoint.lock(self.path))
-            write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
-            write_json(self.path / "run.json", self._about)
-            if self.previews.records:
-                generation.write_timeline(self.path / "previews.md", self.previews.records)
-            self.status.write("running", step, self.num_steps)
-            self.metrics.flush()
-            self.previews.flush()
-        except OSError as error:
-            if self.retry_at is None:
-                say(f"{self.path} IS GONE ({', '.join(gone)}) and cannot be made anew ({error}); tried again at each step")
-            return self.retry_at is None, False
-        except ValueError:  # another run has come in between
-            self.taken_over = True
-            return False, True
+        if not locked:
+            self._held.enter_context(checkpoint.lock(self.path))
+        write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
+        write_json(self.path / "run.json", self._about)
+        if self.previews.records:
+            generation.write_timeline(self.path / "previews.md", self.previews.records)
+        self.status.write("running", step, self.num_steps)
+        self.metrics.flush()
+        self.previews.flush()
         self.newest = self.newest if not unsaved else None
         say(f"files of the run WERE DELETED ({', '.join(gone)}) and are written anew; a checkpoint follows")
         self.add_event(step, "files of the run were deleted", files=gone)
@@ -536,6 +564,7 @@ class Run:
                     raise
                 self._write_result(source, net, tokenizer, choice)
         except OSError as error:
+            self.add_event(state.step, "result failed", error=str(error))
             raise OSError(
                 f"the result could not be written to {self.path / 'final'} ({error}); every step is saved ({self.newest.name}): see to the "
                 "disk, and the same command writes it"
@@ -554,40 +583,6 @@ class Run:
     def _write_result(self, source: Path, net: nn.Module, tokenizer: PreTrainedTokenizerBase, choice: dict[str, Any]) -> None:
         refuse_links(self.path)
         write_result(self.path, source, self.recipe, net, tokenizer, choice)
-
-    def _restore_from_mirror(self, mirror: Path) -> None:
-        """A machine that lost its disk goes on from the mirror."""
-        found = checkpoint.latest(mirror / "checkpoints")
-        if found is not None:
-            say(f"{self.checkpoints} is empty; taking {found} from the mirror")
-            best = checkpoint.read_state(found).best
-            wanted = [found.with_name(f"step-{int(best['step']):06d}")] if best else []
-            for source in (*(w for w in wanted if w != found and w.is_dir()), found):  # the newest last: then all are there
-                aside = self.checkpoints / f".{source.name}.tmp"  # a copy cut short must not look like a damaged checkpoint
-                checkpoint.copy_checked(source, aside)
-                aside.rename(self.checkpoints / source.name)
-
-
-def check_mirrored(mirror: Path, now: Mapping[str, Any]) -> None:
-    """Raises ValueError if the mirror holds the checkpoints of another run, which this one would prune."""
-    try:
-        found = checkpoint.steps(mirror / "checkpoints")
-        then = checkpoint.read_state(mirror / "checkpoints" / f"step-{found[-1]:06d}").identity if found else now
-    except (OSError, ValueError, TypeError):  # not there, or damaged
-        return
-    if differs := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
-        raise ValueError(
-            f"output.mirror: {mirror} holds checkpoints of another run (its {', '.join(differs[:3])} differ), which this one would prune; "
-            "name a folder of its own"
-        )
-
-
-def refuse_links(folder: Path) -> None:
-    """`check_links` for a run that is under way: OSError, as for a disk that does not take a save."""
-    try:
-        check_links(folder)
-    except ValueError as error:
-        raise OSError(str(error)) from None
 
 
 def _scalars(recipe: Recipe) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def check_run_folder(folder: Path) -> None:
     status = _status(folder / "status.json")
     if isinstance(status, dict) and status.get("state") in STATES and "reason" in status:
         return
+    if _is_status_of_a_run(folder / "run.json"):  # with a status.json that is damaged or gone; trackers leave folders of any name
+        return
     foreign = [name for name in names if not _is_left_by_a_run(folder / name)]
     if foreign or isinstance(status, dict):  # a damaged status.json among a run's own files is made anew
         shown = ", ".join(foreign[:3] or ["a status.json of another program"]) + (", ..." if len(foreign) > 3 else "")
@@ -91,6 +93,11 @@ def _is_left_by_a_run(path: Path) -> bool:
     if path.name == "final":  # a run replaces it
         return (path / "manifest.json").is_file() and (path / "chosen.json").is_file()
     return _matches(path.name, LEFT_BY_A_RUN) or _matches(path.name, LEFT_BESIDE_IT)
+
+
+def _is_status_of_a_run(path: Path) -> bool:
+    found = _status(path)
+    return isinstance(found, dict) and {"recipe", "servable_as", "attempt"} <= found.keys()
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

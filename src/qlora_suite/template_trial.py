@@ -20,15 +20,20 @@ CONVERSATION = [{"role": "user", "content": "u"}, {"role": "assistant", "content
 def trial(source: str) -> str | None:
     """Why the template must not be used, or None. What it raises is no complaint: templates refuse conversations that way."""
     command = [sys.executable, "-I", __file__]
-    program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # noqa: S603
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    program = subprocess.Popen(command, **pipes)  # noqa: S603
     try:
-        said, _ = program.communicate(json.dumps(source).encode(), timeout=60)
+        # Jinja may be where only this process looks for it: on a cluster's PYTHONPATH, in a user's own packages.
+        said, error = program.communicate(json.dumps([sys.path, source]).encode(), timeout=60)
     except subprocess.TimeoutExpired:
         program.kill()
         program.communicate()
-        said = b""
+        said, error = b"", b""
     if said:
         return json.loads(said)
+    if program.returncode > 0:  # it did not end because of a limit, which is a signal
+        last = (error.decode(errors="replace").strip().splitlines() or ["without a word"])[-1]
+        raise RuntimeError(f"the process that tries chat templates failed: {last}")
     return f"takes more than {SECONDS} s or {MEMORY >> 30} GiB for a conversation of {len(CONVERSATION)} one-letter turns"
 
 
@@ -75,4 +80,5 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     with contextlib.suppress(OSError, ValueError):  # macOS limits no memory
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    json.dump(_render(json.load(sys.stdin)), sys.stdout)
+    sys.path, text = json.load(sys.stdin)
+    json.dump(_render(text), sys.stdout)

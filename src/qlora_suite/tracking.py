@@ -121,9 +121,9 @@ def _no_json(constant: str) -> None:
 class Status:
     """status.json: how the run stands, for scripts that must not rely on exit codes (`accelerate launch` turns each into 1)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, quiet: bool = False) -> None:
         self.path = path
-        before = _status_before(path)
+        before = _status_before(path, quiet)
         self.state: str = before.get("state", "")
         self.step: int = before.get("step", 0)
         self.attempt: int = before.get("attempt", 0) + 1
@@ -145,7 +145,7 @@ class Status:
         return True
 
 
-def _status_before(path: Path) -> dict[str, Any]:
+def _status_before(path: Path, quiet: bool) -> dict[str, Any]:
     """What the file holds, if it is a status: all of it but the count of attempts follows from the checkpoints."""
     if not path.exists():
         return {}
@@ -156,7 +156,8 @@ def _status_before(path: Path) -> dict[str, Any]:
         why = "it holds no status"
     except (ValueError, AttributeError) as error:
         why = str(error)
-    say(f"{path} is made anew, for it is damaged: {why}")
+    if not quiet:
+        say(f"{path} is made anew, for it is damaged: {why}")
     return {}
 
 

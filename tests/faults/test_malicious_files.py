@@ -4,10 +4,12 @@ Every test goes through the real scripts, but those of adapters' configs, which 
 """
 
 import ast
+import importlib.util
 import json
 import pickle
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from processes import Started, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qlora_suite import template_trial
 from qlora_suite.adapter import load_adapter
 
 
@@ -497,3 +500,16 @@ def test_no_source_file_opens_what_can_run_code() -> None:
 )
 def test_the_search_for_dangers_finds_them(source: str) -> None:
     assert len(dangers(ast.parse(source))) == 1
+
+
+def test_a_template_is_tried_with_the_packages_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 21: where Jinja is found only by PYTHONPATH, as on a cluster, and where the trial itself fails, no template is blamed."""
+    for package in ("jinja2", "markupsafe"):
+        folder = Path(importlib.util.find_spec(package).origin).parent
+        (tmp_path / package).symlink_to(folder)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if "site-packages" not in p)])
+    assert template_trial.trial("{{ messages[0].content }} of this test") is None
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(tmp_path)])
+    monkeypatch.setattr(template_trial, "__file__", str(tmp_path / "gone.py"))
+    with pytest.raises(RuntimeError, match="the process that tries chat templates failed"):
+        template_trial.trial("{{ messages[0].content }} of this test, again")

@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
+import in_process
 import poison
 import pytest
 import torch
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from qlora_suite import checkpoint
 from qlora_suite.batches import EMPTY, Limit
 from qlora_suite.dataset import Rows
+from qlora_suite.engine import Engine
 from qlora_suite.launched_runs import apart
 from qlora_suite.micro_batch import NOTE, is_out_of_memory, smaller, within_note
 from qlora_suite.recipe import Train
@@ -81,6 +84,30 @@ def test_a_step_out_of_memory_is_done_again_with_the_same_tokens(recipe: Path, w
     assert again.wait() == 0
     assert len(events(tmp_path)) == len(found)
     check_equal(tmp_path / "run", whole)
+
+
+def test_what_has_failed_is_let_go_before_it_is_tried_again(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the backward pass: the graph that it leaves would fill the memory that the next try needs."""
+    module, left, alive = in_process.script("train"), [], []
+    summed_loss, backward = module.summed_loss, Engine.backward
+
+    def noted(*args: Any) -> torch.Tensor:
+        alive.extend(reference() is not None for reference in left)
+        loss = summed_loss(*args)
+        if not left:
+            left.append(weakref.ref(loss))
+        return loss
+
+    def fails_once(self: Engine, loss_sum: torch.Tensor, num_tokens: int) -> None:
+        if len(left) == 1 and not alive:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        backward(self, loss_sum, num_tokens)
+
+    monkeypatch.setattr(module, "summed_loss", noted)
+    monkeypatch.setattr(Engine, "backward", fails_once)
+    in_process.train(recipe, f"output.dir={tmp_path / 'run'}", "train.max_steps=2")
+    assert alive
+    assert not any(alive)
 
 
 def test_recomputing_comes_when_a_row_alone_is_too_much(recipe: Path, whole: Path, tmp_path: Path) -> None:

@@ -156,3 +156,13 @@ def test_what_is_no_token_is_left_alone(text: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SHORT_TOKEN", "4096")
     leaks.refuse_tokens([text])
     assert leaks.redacted(text) == text
+
+
+@pytest.mark.parametrize("name", ["data/sk-oasst-translated-filtered", "runs/sk-wikipedia-cleaned-2024", "hf_transfer", "task-" + "a" * 30])
+def test_a_name_is_no_token(name: str) -> None:
+    assert not leaks.holds_token(name)
+
+
+@pytest.mark.parametrize("token", ["hf_" + "a1" * 15, "sk-proj-" + "a-b_" * 8, "sk-" + "a1B2" * 12, "sk-ant-api03-" + "a_b-" * 10])
+def test_a_token_is_known_by_its_look(token: str) -> None:
+    assert leaks.holds_token(f"base: {token}")

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from processes import Started, run
 from small_disk import enter, fill, small_disk
 
 from qlora_suite import checkpoint
+from qlora_suite.disk_space import need_of
 from qlora_suite.files import read_json, write_json
+from qlora_suite.recipe_file import load
 from qlora_suite.run_place import check_mirror, check_path
 from qlora_suite.subject import _file_name
 
@@ -380,3 +384,59 @@ def test_a_damaged_status_is_made_anew(train: Train, tmp_path: Path, whole: Path
     assert "status.json is made anew, for it is damaged" in done.output
     assert read_json(tmp_path / "run" / "status.json")["state"] == "finished"
     assert adapter(tmp_path / "run") == adapter(whole)
+
+
+@pytest.mark.parametrize("damaged", ['{"state": "run', "[]"])
+def test_a_queue_goes_on_with_a_run_whose_notes_are_damaged(recipe: Path, tmp_path: Path, whole: Path, damaged: str) -> None:
+    """Fault 5: status.json, the count of starts and the note of a step out of memory, as slurm/job.py reads them."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for name in ("status.json", "slurm_starts.json", "out_of_memory.json"):
+        (folder / name).write_text(damaged)
+    job = [sys.executable, str(ROOT / "slurm" / "job.py")]
+    begun = subprocess.run(
+        [*job, "begin", str(recipe), "accelerate_configs/cpu.yaml", f"output.dir={folder}"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert begun.returncode == 0, begun.stderr
+    assert begun.stdout.startswith("train")
+    ended = subprocess.run([*job, "end", str(folder), "before"], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("damaged")
+
+
+def test_a_tracker_s_folder_beside_a_damaged_status_is_no_hindrance(train: Train, tmp_path: Path, whole: Path) -> None:
+    """Fault 23: what a run is, its run.json says as well; a tracker's folder has whatever name the project has."""
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "qlora-suite").mkdir()
+    (tmp_path / "run" / "status.json").write_text("{")
+    assert train(f"output.dir={tmp_path / 'run'}").wait() == 0
+
+
+def test_a_mirror_keeps_what_is_not_ours(train: Train, tmp_path: Path) -> None:
+    """Fault 23: the leftovers that a start removes are those of a run, in a mirror as in the run's folder."""
+    for name in ("mirror/.editor-cache.tmp/mine", "mirror/checkpoints/.notes.tmp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    assert train(f"output.dir={tmp_path / 'run'}", f"output.mirror={tmp_path / 'mirror'}").wait() == 0
+    assert (tmp_path / "mirror" / ".editor-cache.tmp" / "mine").read_text() == "mine"
+    assert (tmp_path / "mirror" / "checkpoints" / ".notes.tmp").read_text() == "mine"
+
+
+def test_a_good_mirror_stands_in_for_damaged_checkpoints_at_once(train: Train, tmp_path: Path, whole: Path) -> None:
+    """Fault 6: and a best one that is damaged in the mirror is left behind with a word."""
+    places = (f"output.dir={tmp_path / 'run'}", f"output.mirror={tmp_path / 'mirror'}", "evaluation.every_steps=2")
+    assert train(*places, "checkpoints.keep=2").wait() == 0
+    wanted = adapter(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{}")
+    done = train(*places)
+    assert done.wait() == 0, done.output
+    assert "from the mirror" in done.output
+    assert adapter(tmp_path / "run") == wanted
+
+
+def test_keeping_all_needs_no_more_room_than_can_be_made(recipe: Path) -> None:
+    """Fault 7: `keep: 1000` in a run of six steps is six checkpoints and the one that is being written."""
+    assert need_of(load(recipe, ["checkpoints.keep=1000", "checkpoints.every_steps=1"]), 10**6, STEPS).checkpoints <= STEPS + 1
+    assert need_of(load(recipe, ["checkpoints.keep=3"]), 10**6, 10_000).checkpoints == 4
