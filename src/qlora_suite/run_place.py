@@ -23,13 +23,11 @@ LEFT_BESIDE_IT = ("log", "log.txt", "nohup.out", "*.log", "*.out", "*.err", ".DS
 
 
 def check_path(key: str, path: str) -> None:
-    """Raises ValueError, naming the recipe's `key`, for a path that cannot be a folder's or leads somewhere else than it says."""
+    """Raises ValueError, naming the recipe's `key`, for a path that cannot be a folder's. Where it leads is its owner's choice."""
     if not path.strip():
         raise ValueError(f"{key} is empty; name a folder")
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in path):
         raise ValueError(f"{key}: {path!r} has a control character or a line end in it; name a folder without")
-    if ".." in Path(path).parts:
-        raise ValueError(f"{key}: {path!r} has `..` in it; write the folder's path without (an absolute path will do)")
     longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
     if longest > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH:
         raise ValueError(f"{key}: {path[:40]!r}... has a name of {longest} bytes; choose one of at most {LONGEST_NAME}")

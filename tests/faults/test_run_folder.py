@@ -147,8 +147,6 @@ def test_a_link_made_while_a_run_trains_is_not_followed(train: Train, tmp_path: 
     [
         ("", "is empty"),
         ("  ", "is empty"),
-        ("a/../../etc", "has `..` in it"),
-        ("..", "has `..` in it"),
         ("x" * 300, "has a name of 300 bytes"),
         ("ü" * 130, "has a name of 260 bytes"),
         ("/".join(["x" * 100] * 40), "has a name"),
@@ -172,7 +170,6 @@ def test_each_script_gives_the_sentence_and_writes_nothing(recipe: Path, train: 
     """Fault 23: as the user meets it."""
     before = set(tmp_path.iterdir()) | {tmp_path / "train.log"}
     assert "has a name of 300 bytes" in refusal(train(f"output.dir={tmp_path}/{'x' * 300}"))
-    assert "has `..` in it" in refusal(train(f"output.dir={tmp_path}/a/../b"))
     assert "control character" in refusal(train(f'output.dir="{tmp_path}/a\\nb"'))
     assert "output.dir is empty" in refusal(train("output.dir=''"))
     assert "output.mirror: " in refusal(train(f"output.dir={tmp_path}/run", f"output.mirror={tmp_path}/run/mirror"))
@@ -196,7 +193,7 @@ def test_names_made_from_values_stay_inside() -> None:
 
 
 def test_paths_that_a_person_may_name_work(train: Train, tmp_path: Path, whole: Path) -> None:
-    """Fault 23: absolute, unicode and spaces; and a folder that is itself a link to another disk, as on clusters."""
+    """Fault 23: absolute, unicode, spaces, `..`; and a folder that is itself a link to another disk, as on clusters."""
     scratch = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
     elsewhere = scratch / f"qlora-suite-test-{os.getpid()}"
     link = tmp_path / "läufe 微调 №1"
@@ -207,6 +204,8 @@ def test_paths_that_a_person_may_name_work(train: Train, tmp_path: Path, whole: 
         assert done.wait() == 0, done.output
         assert adapter(elsewhere) == adapter(whole)
         assert link.is_symlink()
+        assert train(f"output.dir={os.path.relpath(tmp_path, ROOT)}/../{tmp_path.name}/beside").wait() == 0
+        assert adapter(tmp_path / "beside") == adapter(whole)
     finally:
         shutil.rmtree(elsewhere)
 
