@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from typing import Any
 
 # Before torch and the hub's clients are imported: nothing in a test may reach the network, and two threads are all there are.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# pytest-xdist's workers ignore Ctrl-C, and what they start would inherit that: programs that Ctrl-C shall end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # The properties are proved in fp32 on the CPU, on a machine with a GPU too; `pytest -m gpu` runs what needs the card.
 if "gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
