@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr, model_validator
-from pydantic_core import PydanticUndefined
 
 Positive = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -433,15 +432,16 @@ def curve_keys(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 
 def default_of(key: str) -> Any:
-    """What a flattened key is where a recipe does not name it; PydanticUndefined, which equals nothing, if it has to be named."""
+    """What a flattened key is where a recipe does not name it; `...`, which no value equals, if it has to be named."""
     *sections, last = [part for part in key.split(".") if not part.isdecimal()]
     kind: type[BaseModel] = Recipe
     for name in sections:
         section = section_of(kind.model_fields[name].annotation) if name in kind.model_fields else None
         if section is None:
-            return PydanticUndefined
+            return ...
         kind = section
-    return kind.model_fields[last].default if last in kind.model_fields else PydanticUndefined
+    field = kind.model_fields.get(last)
+    return ... if field is None or field.is_required() else field.default
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -40,6 +40,8 @@ from qlora_suite.watchdog import explain_lost_peers
 ON_REQUEST = "on a request to stop"
 SEEN_WITHIN_SECONDS = 60.0
 """A network file system may take its time to show a new file to another node."""
+LOOK_PAUSE = 50
+"""Between two looks at the run's own files, in the time that a look takes: they are a fiftieth of the run at most."""
 LONGEST_PAUSE = 64
 """Steps from a save that failed to the next try, at most: the first comes after one step, and each pause is twice the one before."""
 
@@ -489,7 +491,7 @@ class Run:
     def _look_after_folder(self, step: int) -> tuple[bool, bool]:
         """(is a new checkpoint needed, does another run hold the folder?) What was deleted is written anew as far as it is known.
 
-        A file system that answers slowly is asked less often: the looks take no more than a fiftieth of the time.
+        A file system that answers slowly is asked less often.
         """
         began = time.monotonic()
         if not self.main or began < self._next_look:
@@ -498,13 +500,13 @@ class Run:
             return self._look(step)
         except OSError as error:
             if self.retry_at is None:
-                say(f"{self.path} cannot be looked at, or made anew ({error}); tried again later")
+                say(f"{self.path} IS GONE and cannot be made anew, or cannot be looked at ({error}); tried again later")
             return self.retry_at is None, False
         except ValueError:  # another run has come in between
             self.taken_over = True
             return False, True
         finally:
-            self._next_look = time.monotonic() + 50 * (time.monotonic() - began)
+            self._next_look = time.monotonic() + LOOK_PAUSE * (time.monotonic() - began)
 
     def _look(self, step: int) -> tuple[bool, bool]:
         wanted = [".lock", "status.json", "metrics.jsonl", "recipe.yaml", "run.json"]

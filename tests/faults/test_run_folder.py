@@ -284,8 +284,10 @@ def test_a_disk_that_takes_nothing_is_said_before_the_base_is_loaded(
 
 def at_step(step: int, act: Callable, *args: Any) -> None:
     """A prelude: `act(folder, *args)` in the run, before its metrics of that step are written."""
+    from qlora_suite import run_folder
     from qlora_suite.run_folder import Run
 
+    run_folder.LOOK_PAUSE = 0  # or a busy machine, on which a look takes long, would look a step later
     real = Run.add_metrics
 
     def add_metrics(self: Run, step: int, **values: Any) -> None:
@@ -376,9 +378,6 @@ def test_a_damaged_status_is_made_anew(train: Train, tmp_path: Path, whole: Path
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "status.json").write_text(damaged)
     done = train(f"output.dir={tmp_path / 'run'}")
-    if damaged == '{"state": 3}':  # another program's
-        assert "a status.json of another program" in refusal(done)
-        return
     assert done.wait() == 0, done.output
     assert "status.json is made anew, for it is damaged" in done.output
     assert read_json(tmp_path / "run" / "status.json")["state"] == "finished"

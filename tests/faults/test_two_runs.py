@@ -119,8 +119,10 @@ def test_a_run_whose_folder_was_deleted_and_taken_leaves_it_to_the_other(recipe:
 
 def taken_at(step: int) -> None:
     """A prelude: the folder is deleted and another run begins there, before that step is noted."""
+    from qlora_suite import run_folder
     from qlora_suite.run_folder import Run
 
+    run_folder.LOOK_PAUSE = 0
     real = Run.add_metrics
 
     def add_metrics(self: Run, step: int, **values: Any) -> None:
