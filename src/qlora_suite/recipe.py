@@ -293,6 +293,25 @@ class Train(Section):
     """End the run after this many steps in a row that were not applied: a loss or gradient was not finite, or `optim.on_spike: skip`."""
 
 
+class Speed(Section):
+    """How the same numbers are computed. `auto` is the fast way, where a trial on the loaded base shows that it gives the plain way's
+    results; `plain` is the way of transformers and PEFT, to compare with.
+    """
+
+    attention: Literal["auto", "plain"] = free("auto")
+    """Each conversation of a row by itself, or the whole row behind a mask."""
+    head: Literal["auto", "plain"] = free("auto")
+    """The loss of some tokens at a time, within the output head, or the logits of all at once."""
+    lora: Literal["auto", "plain"] = free("auto")
+    """A linear layer and its LoRA as one operation, which keeps less for the backward pass, or PEFT's."""
+    gelu: Literal["auto", "plain"] = free("auto")
+    """`gelu_new` as one operation, or as transformers' eight."""
+    dequantize_once: bool | Literal["auto"] = free("auto")
+    """Keep a copy of 4-bit weights in the precision that is computed in, instead of making it in each pass; `auto` where it fits."""
+    compile: bool = free(False)
+    """torch.compile each decoder layer: minutes at the start, for faster steps on a GPU."""
+
+
 class Stop(Section):
     after_minutes: Annotated[float, Field(gt=0)] | None = free(None)
     """End with a checkpoint after this time; the same command goes on from there."""
@@ -362,6 +381,7 @@ class Recipe(Section):
     """LoRA, or `none`: train every parameter."""
     optim: Optim
     train: Train
+    speed: Speed = Speed()
     stop: Stop = Stop()
     evaluation: Evaluation = Evaluation()
     previews: Previews = Previews()
