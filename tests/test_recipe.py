@@ -45,6 +45,7 @@ CURVE = _words("""
 FREE = _words("""
     data.prepared
     train.micro_batch train.gradient_checkpointing train.max_skipped_steps
+    speed.attention speed.head speed.lora speed.gelu speed.dequantize_once speed.compile
     stop.after_minutes stop.hung_after_minutes
     evaluation.every_steps evaluation.budget_tokens evaluation.patience evaluation.bootstrap_samples
     previews.prompts previews.every_steps previews.max_new_tokens
