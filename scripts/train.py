@@ -14,13 +14,13 @@ The same command again goes on where the run stopped. Everything it writes is be
 """
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_suite import anomalies, black_box, compatibility, dataset, optimizer, run_facts, run_folder
+from qlora_suite import anomalies, black_box, compatibility, dataset, fast_paths, optimizer, run_facts, run_folder
 from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
@@ -88,6 +88,7 @@ def train(recipe: Recipe) -> None:
             with taking_turns(accelerator):  # eight processes of a machine do not need eight copies in its memory
                 sharded = name_of(accelerator) == compatibility.FSDP2
                 net, base = build_model(recipe, manifest, dtype, accelerator.device, sharded)
+                paths = fast_paths.take(net, base, recipe.speed, dtype, recipe.data.max_length, recipe.data.packing, name_of(accelerator))
             state = run.resume(net, identity, run_facts.rounding(recipe, dtype))
         net.train()
 
@@ -98,10 +99,10 @@ def train(recipe: Recipe) -> None:
             """
             watch.beat(f"the trial of {num_rows} rows")
             set_checkpointing(base, checkpointing)
-            batch = collate([rows[r] for r in rows.lengths.argsort()[::-1][:num_rows]], pad_id).to(accelerator.device)
+            longest = [rows[r] for r in rows.lengths.argsort()[::-1][:num_rows]]
             try:
                 with autocast(accelerator.device, dtype):
-                    loss_sum = summed_loss(net, replace(batch, supervised=batch.position_ids > 0))
+                    loss_sum = summed_loss(net, collate(longest, pad_id, all_supervised=True).to(accelerator.device))
                 loss_sum.backward()
             finally:
                 net.zero_grad(set_to_none=True)
@@ -129,7 +130,7 @@ def train(recipe: Recipe) -> None:
             engine = engine_for(accelerator, net, optimizer.build(net, recipe.optim), dtype, recipe.optim.max_grad_norm)
             run.resume_engine(engine, state)
         set_timeout_of_every_group(process_group_timeout(hung_after))  # engines make groups of their own
-        run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing)
+        run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing, paths=paths)
 
         def batch_of(row_numbers: list[int]) -> Batch:
             return collate([rows[r] if r != EMPTY else None for r in row_numbers], pad_id).to(accelerator.device)
@@ -174,21 +175,23 @@ def train(recipe: Recipe) -> None:
 
             return black_box.look(engine, forward, micro, losses, rows, tokenizer)
 
-        def look_around() -> None:
+        def look_around() -> bool:
             """Evaluation and previews where they are due: none of it changes the curve. A request to stop cuts them short, and the
-            resumed run makes up for it.
+            resumed run makes up for it. Was anything due?
             """
 
             def asked() -> bool:  # at each batch of the evaluation and each token of a preview
                 watch.beat(f"evaluation or previews at step {state.step}")
                 return stop.asked()
 
-            if run.evaluation_due(state):
+            evaluating, previewing = run.evaluation_due(state), run.preview_due(state, engine)
+            if evaluating:
                 loss = dev_loss(engine, dev, pad_id, limit, recipe.evaluation.budget_tokens, lambda: engine.any_rank(asked()))
                 if loss is not None:
                     run.add_dev_loss(state, loss)
-            if run.preview_due(state, engine):
+            if previewing:
                 run.add_preview(state.step, preview(engine, renderer, recipe.previews, asked))
+            return evaluating or previewing
 
         # ---- the loop -------------------------------------------------------------------------------------------------------
         look_around()
@@ -205,8 +208,9 @@ def train(recipe: Recipe) -> None:
                 # the gradient was divided by num_tokens in engine.backward; engine.step clips, applies and clears it
                 learning_rate = lr_at(step, recipe.optim, num_steps)
                 engine.set_lr(learning_rate)
-                loss = engine.sum_over_ranks(sum(losses).item())[0] / num_tokens
-                grad_norm = engine.grad_norm()
+                signs = run.signs(state, stop, time.monotonic() - began, time.monotonic() - last_save)
+                loss_sum, grad_norm, *seen = engine.totals(losses, *signs)  # the only time in a step that the GPU is waited for
+                loss, seen = loss_sum / num_tokens, run_folder.Signs(*map(bool, seen))
                 found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
                 applied = is_applied(found, recipe.optim)
                 if found and not is_scale_search(found, loss, dtype, engine.loss_scale(), state.skipped_in_a_row):
@@ -236,9 +240,11 @@ def train(recipe: Recipe) -> None:
                     with together(accelerator):
                         check_skipped(state.skipped_in_a_row, recipe.train.max_skipped_steps, dtype, engine.loss_scale(), found, step_rows)
 
-                look_around()
-                outcome, last = run.reason_to_stop(state, engine, stop, time.monotonic() - began), state.step == num_steps
-                if last or outcome or run.time_to_save(state, time.monotonic() - last_save, engine):
+                if look_around():  # it took its time
+                    signs = run.signs(state, stop, time.monotonic() - began, time.monotonic() - last_save)
+                    seen = run_folder.Signs(*map(bool, engine.sum_over_ranks(*signs)))
+                outcome, last = run.reason_to_stop(state, seen), state.step == num_steps
+                if last or outcome or run.time_to_save(state, seen):
                     with watch.allow(f"saving step {state.step}"):
                         saved = run.save(state, net, engine, tokenizer, required=last or bool(outcome))
                     last_save = time.monotonic() if saved else last_save

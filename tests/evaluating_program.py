@@ -35,7 +35,7 @@ def on_rank_1(when: Any) -> Any:
 def run(name: str, losses: Any = real_losses, load: Any = real_load) -> dict[str, Any]:
     """Evaluate the run in FOLDER/name. Returns the error, if any, and what happened here: columns loaded, limits tried, tokens scored."""
     loaded, limits, tokens = [], [], []
-    evaluation.token_losses = lambda model, batch: (tokens.append(int(batch.supervised.sum())), losses(model, batch))[1]
+    evaluation.token_losses = lambda model, batch: (tokens.append(len(batch.targets)), losses(model, batch))[1]
     evaluate.load_column = lambda column, *args: (loaded.append(column.name), load(column, *args))[1]
     evaluation.score = lambda *args: (limits.append(args[4].rows), real_score(*args))[1]
     error = None

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from qlora_suite.adapter import add_adapter, check_coverage, coverage, linear_names, load_adapter, neftune, size
-from qlora_suite.loss import Batch, summed_loss
+from qlora_suite.loss import collate, summed_loss
 from qlora_suite.model import load_base
 from qlora_suite.recipe import Adapter, Model, Recipe
 from qlora_suite.recipe_file import load
@@ -35,8 +35,8 @@ def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 def step(model: nn.Module, ids: torch.Tensor = IDS, learning_rate: float = 1e-2) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    summed_loss(model.train(), Batch(ids, positions, positions > 0)).backward()
+    whole = {"supervised": [False] * ids.shape[1], "lengths": [ids.shape[1]]}
+    summed_loss(model.train(), collate([{"input_ids": row, **whole} for row in ids], pad_id=0, all_supervised=True)).backward()
     optimizer.step()
     model.eval()
 

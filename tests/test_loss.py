@@ -49,7 +49,7 @@ def test_losses_are_those_of_a_hand_computation_in_row_major_order(model: PreTra
     batch = collate(ROWS, pad_id=0)
     assert token_losses(model, batch).tolist() == pytest.approx(expected, abs=1e-5)
     assert summed_loss(model, batch).item() == pytest.approx(sum(expected), rel=1e-6)
-    assert len(expected) == int(batch.supervised.sum())
+    assert len(expected) == len(batch.targets)
 
 
 @pytest.mark.parametrize("rows", [[None], [None, None], [{**ROWS[1], "supervised": torch.zeros(20, dtype=torch.bool)}, None]])
@@ -81,7 +81,9 @@ def test_the_picture_in_the_docstring_is_what_comes_out() -> None:
     batch = collate(rows, pad_id=0)
     assert batch.input_ids.tolist() == letters
     assert batch.position_ids.tolist() == [[int(p) for p in positions] for _, positions in columns]
-    assert batch.supervised.tolist() == [[f == "+" for f in flag] for flag in flags]
+    predicted = [(int(i) // len(batch.columns), int(batch.columns[int(i) % len(batch.columns)]) + 1) for i in batch.predicting]
+    assert predicted == [(row, place) for row, flag in enumerate(flags) for place, f in enumerate(flag) if f == "+"]
+    assert batch.targets.tolist() == [letters[row][place] for row, place in predicted]
 
 
 def test_the_first_token_of_a_conversation_cannot_be_supervised() -> None:

@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,10 +75,7 @@ def batch_of(length: int, rows: int) -> Batch:
     """Packed rows, every token supervised: what train.py tries first."""
     half = length // 2
     row = {"input_ids": list(range(length)), "supervised": [False] * length, "lengths": [half, length - half]}
-    batch = collate([row] * rows, 0)
-    supervised = torch.ones_like(batch.supervised)
-    supervised[:, 0] = False  # nothing predicts it
-    return replace(batch, supervised=supervised)
+    return collate([row] * rows, 0, all_supervised=True)
 
 
 QUANTIZATIONS = {

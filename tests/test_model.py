@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qlora_suite import model as models
 from qlora_suite.adapter import add_adapter
-from qlora_suite.loss import Batch, summed_loss
+from qlora_suite.loss import Batch, collate, summed_loss
 from qlora_suite.model import base_fingerprint, compute_dtype, load_base, load_tokenizer, logical_size
 from qlora_suite.recipe import Adapter, Model
 
@@ -22,8 +22,8 @@ NF4 = ("nf4", True), ("nf4", False)
 
 def random_batch(rows: int = 2, places: int = 16) -> Batch:
     ids = torch.randint(0, VOCABULARY, (rows, places), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(places).expand(rows, places)
-    return Batch(ids, positions, positions > 0)
+    whole = {"supervised": [False] * places, "lengths": [places]}
+    return collate([{"input_ids": row, **whole} for row in ids], pad_id=0, all_supervised=True)
 
 
 def load(folder: Path, quantization: str = "none", double: bool | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -100,7 +100,7 @@ def test_every_architecture_trains_by_the_same_code(folders: dict[str, Path], ar
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     batch, losses = random_batch(), []
     for _ in range(4):
-        loss = summed_loss(net, batch) / batch.supervised.sum()
+        loss = summed_loss(net, batch) / len(batch.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

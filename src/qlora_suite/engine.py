@@ -5,7 +5,7 @@ when what is sharded has to be put together for saving.
     engine = engine_for(accelerator, model, optimizer, dtype, max_grad_norm=1.0)
     with engine.accumulate(last=...):             # gradients are exchanged once a step
         engine.backward(loss_sum, num_tokens)     # loss of the step = sum over all ranks / supervised tokens of the step
-    grad_norm = engine.grad_norm()                # of the whole gradient; a caller who does not like it leaves the step out
+    loss_sum, grad_norm = engine.totals(losses)   # of the whole step and gradient; a caller who does not like them leaves it out
     engine.step(apply=math.isfinite(grad_norm))
     engine.full_parameters(), engine.optimizer_state()    # whole tensors by name, whatever the sharding
 
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from qlora_suite import compatibility
@@ -75,7 +75,13 @@ def start(
     _check_device(state)
     _check_world(state)
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    accelerator = Accelerator(mixed_precision="no", log_with=list(trackers) or None, project_dir=folder)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=list(trackers) or None,
+        project_dir=folder,
+        # by default DDP sends the first rank's buffers (rotary frequencies, quantisation tables: all frozen) before every forward pass
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
     for name, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in TRUE and accelerator.distributed_type != kind:
             raise ValueError(
@@ -263,11 +269,23 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def grad_norm(self) -> float:
-        """Norm of the step's gradient over all ranks, before clipping, with the loss scale undone. Once a step, before `step`."""
+    def totals(self, losses: Sequence[Tensor], *flags: bool) -> list[float]:
+        """[sum of this step's losses, norm of its gradient, of each flag on how many ranks it is set], over all ranks.
+
+        The norm is that before clipping, with the loss scale undone. Once a step, before `step`: all that the host asks of a GPU in a
+        step is asked here, at once, for each question makes it wait.
+        """
         self.scaler.unscale_(self.optimizer)
         self._norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        return whole(self._norm).item()
+        norm = whole(self._norm).double()
+        loss_sum, *said = self._summed(torch.stack(list(losses)).double().sum()[None], flags)
+        return torch.stack([loss_sum, norm, *said]).tolist()
+
+    def _summed(self, values: Tensor, flags: Sequence[bool]) -> Tensor:
+        """Values of the device and flags of the host, summed over the processes in one exchange. [values + flags] float64"""
+        mine = torch.tensor(flags, dtype=torch.float64).to(self.accelerator.device, non_blocking=True)
+        mine = torch.cat([values.double(), mine])
+        return mine if self.accelerator.num_processes == 1 else self.accelerator.reduce(mine, "sum")
 
     def step(self, apply: bool) -> None:
         """Clip the gradient and apply it, or leave it out; it is gone in any case. All ranks must come to the same `apply`."""
@@ -347,6 +365,8 @@ class Engine:
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """Each value summed over the processes, in float64."""
+        if self.accelerator.num_processes == 1:
+            return [float(value) for value in values]
         return self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device), "sum").tolist()
 
     def any_rank(self, flag: bool) -> bool:
@@ -425,12 +445,14 @@ class Zero(Engine):
     def backward(self, loss_sum: Tensor, num_tokens: int) -> None:
         self.model.backward(loss_sum * (self.accelerator.num_processes / num_tokens))
 
-    def grad_norm(self) -> float:
-        """DeepSpeed tells it when the step is done, which is too late to leave it out."""
+    def totals(self, losses: Sequence[Tensor], *flags: bool) -> list[float]:
+        """As above. DeepSpeed tells the norm when the step is done, which is too late to leave it out."""
         parts = [g for gradients in self.optimizer.averaged_gradients.values() for g in gradients or ()]  # this rank's
-        squares = sum((torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in parts), torch.zeros((), dtype=torch.float64))
-        self._norm = math.sqrt(self.sum_over_ranks(float(squares))[0]) / self.loss_scale()
-        return self._norm
+        squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in parts]).sum()
+        both = self._summed(torch.stack([torch.stack(list(losses)).double().sum(), squares]), flags)
+        loss_sum, total, *said = both.tolist()
+        self._norm = math.sqrt(total) / self.loss_scale()
+        return [loss_sum, self._norm, *said]
 
     def step(self, apply: bool) -> None:
         scaler = dict(vars(self.optimizer.loss_scaler))

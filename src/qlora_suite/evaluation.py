@@ -292,7 +292,7 @@ def dev_loss(
                 return None
             batch = collate([rows[r] if r != EMPTY else None for r in piece], pad_id).to(accelerator.device)
             nats += summed_loss(model, batch).double().item()
-            tokens += int(batch.supervised.sum())
+            tokens += len(batch.targets)
     finally:
         model.train(was_training)
     nats, tokens = engine.sum_over_ranks(nats, tokens)

@@ -20,62 +20,90 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_suite import packed_attention, tiled_head
+
 
 @dataclass(frozen=True)
 class Batch:
+    """All that a forward pass needs to know, so that none of it has to be asked of a GPU."""
+
     input_ids: Tensor
     """[rows, places] int64"""
     position_ids: Tensor
     """[rows, places] int64, from 0 in each conversation"""
-    supervised: Tensor
-    """[rows, places] bool; never true at position 0 of a conversation, which nothing predicts"""
+    boundaries: Tensor
+    """[1, 1, 1, conversations + 1] int32: where each conversation begins, rows end to end (packed_attention.py)"""
+    columns: Tensor
+    """[columns] int64, rising, at least one: places where some row has to predict, the only ones whose hidden states the head gets"""
+    predicting: Tensor
+    """[supervised] int64: which of these hidden states, [rows x columns] end to end, predict a supervised token; row by row"""
+    targets: Tensor
+    """[supervised] int64: the tokens that they should predict"""
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.supervised)))
+        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 
-def collate(rows: Sequence[Mapping[str, Any] | None], pad_id: int) -> Batch:
+def collate(rows: Sequence[Mapping[str, Any] | None], pad_id: int, all_supervised: bool = False) -> Batch:
     """Rows with `input_ids`, `supervised` and `lengths` (of the conversations in them), padded to the longest.
 
     None stands for an empty row, all padding. There are two places at least, for one predicts nothing.
+    `all_supervised`: as if every token were that something predicts; no batch of these rows needs more memory.
     """
     places = max([2, *(len(row["input_ids"]) for row in rows if row)])
     input_ids = torch.full((len(rows), places), pad_id)
     position_ids = torch.empty((len(rows), places), dtype=torch.int64)
     supervised = torch.zeros((len(rows), places), dtype=torch.bool)
+    lengths = [list(row["lengths"]) if row else [] for row in rows]
     for i, row in enumerate(rows):
-        lengths = list(row["lengths"]) if row else []
-        used = sum(lengths)
+        used = sum(lengths[i])
         if row:
             input_ids[i, :used] = torch.as_tensor(row["input_ids"])
             supervised[i, :used] = torch.as_tensor(row["supervised"])
-        pieces = [*lengths, places - used]
-        position_ids[i] = torch.cat([torch.arange(n) for n in pieces])
+        position_ids[i] = torch.cat([torch.arange(n) for n in [*lengths[i], places - used]])
     assert not (supervised & (position_ids == 0)).any(), "the first token of a conversation cannot be supervised"
-    return Batch(input_ids, position_ids, supervised)
+    if all_supervised:
+        supervised = position_ids > 0
+    targets = supervised[:, 1:]  # [rows, places - 1]: True where the place before it has to predict
+    columns = targets.any(dim=0).nonzero().squeeze(1)
+    if columns.numel() == 0:
+        # An all-empty micro-batch still goes through the model once, for engines that exchange gradients wait for every rank.
+        columns = torch.zeros(1, dtype=torch.int64)
+    wanted = targets[:, columns]
+    return Batch(
+        input_ids,
+        position_ids,
+        packed_attention.boundaries_of(lengths, places),
+        columns,
+        wanted.flatten().nonzero().squeeze(1),
+        input_ids[:, 1:][:, columns][wanted],
+    )
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """The loss of each supervised token, in nats, in row-major order. [supervised] float32"""
-    targets = batch.supervised[:, 1:]  # [rows, places - 1]: True where the place before it has to predict
-    columns = targets.any(dim=0).nonzero().squeeze(1)  # places where any row needs logits: the head runs on these alone
-    if columns.numel() == 0:
-        # An all-empty micro-batch still goes through the model once, for engines that exchange gradients wait for every rank.
-        columns = torch.zeros(1, dtype=torch.int64, device=targets.device)
-    logits = forward(model, batch, columns)
-    wanted = targets[:, columns]
-    return nn.functional.cross_entropy(logits[wanted].float(), batch.input_ids[:, 1:][:, columns][wanted], reduction="none")
+    with tiled_head.asked(batch.predicting, batch.targets, summed=False) as question:
+        answer = forward(model, batch, batch.columns)
+    return answer.flatten() if question.answered else _plain_losses(answer, batch)
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sum of the losses of the batch's supervised tokens, in nats. Scalar float32; 0 (with a graph) if there are none."""
-    return token_losses(model, batch).sum()
+    with tiled_head.asked(batch.predicting, batch.targets, summed=True) as question:
+        answer = forward(model, batch, batch.columns)
+    return answer.sum() if question.answered else _plain_losses(answer, batch).sum()
+
+
+def _plain_losses(logits: Tensor, batch: Batch) -> Tensor:
+    wanted = logits.flatten(0, 1).index_select(0, batch.predicting)
+    return nn.functional.cross_entropy(wanted.float(), batch.targets, reduction="none")
 
 
 def forward(model: nn.Module, batch: Batch, columns: Tensor) -> Tensor:
     """Logits at the given places. [rows, len(columns), vocabulary]"""
+    boundaries = batch.boundaries if packed_attention.is_used_by(model) else None
     return model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False, logits_to_keep=columns
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=boundaries, use_cache=False, logits_to_keep=columns
     ).logits
 
 

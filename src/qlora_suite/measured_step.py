@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qlora_suite import memory_estimate
+from qlora_suite import compatibility, fast_paths, memory_estimate
 from qlora_suite.batches import Limit
 from qlora_suite.dataset import Rows
 from qlora_suite.engine import autocast
@@ -34,15 +34,16 @@ def measure(
     Raises ValueError if nothing fits, as train.py would.
     """
     net, base = build_model(recipe, manifest, dtype, device)
+    fast_paths.take(net, base, recipe.speed, dtype, recipe.data.max_length, recipe.data.packing, compatibility.ONE)
     net.train()
     longest_first = rows.lengths.argsort()[::-1]
 
     def trial(num_rows: int, checkpointing: bool) -> None:
         set_checkpointing(base, checkpointing)
-        batch = collate([rows[r] for r in longest_first[:num_rows]], 0).to(device)
+        batch = collate([rows[r] for r in longest_first[:num_rows]], 0, all_supervised=True).to(device)
         try:
             with autocast(device, dtype):
-                loss_sum = summed_loss(net, replace(batch, supervised=batch.position_ids > 0))
+                loss_sum = summed_loss(net, batch)
             loss_sum.backward()
         finally:
             net.zero_grad(set_to_none=True)
@@ -54,8 +55,7 @@ def measure(
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before: they stay until the step
     set_checkpointing(base, checkpointing)
-    batch = collate([rows[r] for r in longest_first[:num_rows]], 0).to(device)
-    batch = replace(batch, supervised=batch.position_ids > 0)
+    batch = collate([rows[r] for r in longest_first[:num_rows]], 0, all_supervised=True).to(device)
 
     def loss() -> torch.Tensor:
         with autocast(device, dtype):

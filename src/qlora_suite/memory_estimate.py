@@ -27,7 +27,7 @@ from qlora_suite import compatibility
 from qlora_suite.adapter import IN_A_LAYER
 from qlora_suite.batches import Limit
 from qlora_suite.engine import autocast
-from qlora_suite.loss import Batch, forward
+from qlora_suite.loss import collate, summed_loss
 from qlora_suite.micro_batch import CPU_TOKENS, HEADROOM, candidates, set_checkpointing
 from qlora_suite.module_table import Skeleton, Stored
 from qlora_suite.recipe import Train
@@ -241,21 +241,10 @@ def traced(skeleton: Skeleton, rows: int, length: int, checkpointing: bool, cuda
     net, base, dtype = skeleton.net, skeleton.base, skeleton.dtype
     net.train()
     set_checkpointing(base, checkpointing)
+    row = {"input_ids": [0] * length, "supervised": [False] * length, "lengths": [length]}
+    batch = collate([row] * rows, pad_id=0, all_supervised=True)
     with FakeTensorMode(allow_non_fake_inputs=True), _fake_weights(net), _stand_ins(net, dtype, cuda), _computing_in(dtype, cuda):
-        ids = torch.zeros(rows, length, dtype=torch.int64)
-        places = torch.arange(length).expand(rows, length).contiguous()
-        batch = Batch(ids, places, torch.ones(rows, length, dtype=torch.bool))
-        return measured(net, base.get_output_embeddings(), lambda: _summed_loss(net, batch))
-
-
-def _summed_loss(net: nn.Module, batch: Batch) -> Tensor:
-    """loss.summed_loss where every token is supervised: which those are cannot be read from a tensor without values."""
-    rows, length = batch.input_ids.shape
-    columns = torch.arange(length - 1)
-    logits = forward(net, batch, columns)
-    row, column = torch.arange(rows * (length - 1)) // (length - 1), torch.arange(rows * (length - 1)) % (length - 1)
-    picked = logits[row, column].float()
-    return nn.functional.cross_entropy(picked, batch.input_ids[row, column + 1], reduction="none").sum()
+        return measured(net, base.get_output_embeddings(), lambda: summed_loss(net, batch))
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def compare(
     tokens = num_bytes = 0
     for part in bar(rows.parts):
         batch = collate([{"input_ids": part.ids, "supervised": part.supervised, "lengths": [len(part.ids)]}], renderer.eos).to(device)
-        columns = batch.supervised[:, 1:].any(dim=0).nonzero().squeeze(1)
+        columns = batch.columns
         with autocast(device, dtype):
             ours, theirs = (forward(net, batch, columns)[0].float() for net in (live, merged))
         difference = (ours - theirs).abs()

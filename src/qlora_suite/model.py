@@ -66,7 +66,9 @@ def load_tokenizer(model: recipes.Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(model: recipes.Model, dtype: torch.dtype, device: torch.device, quant_storage: torch.dtype | None = None) -> PreTrainedModel:
+def load_base(
+    model: recipes.Model, dtype: torch.dtype, device: torch.device, quant_storage: torch.dtype | None = None, fused_gelu: bool = True
+) -> PreTrainedModel:
     """The base on its device. Quantised weights compute in `dtype`; the others are stored in it.
 
     4-bit weights are packed two in a byte and the bytes held as `quant_storage`, which changes no value: FSDP2 shards only what has
@@ -77,7 +79,7 @@ def load_base(model: recipes.Model, dtype: torch.dtype, device: torch.device, qu
     if model.quantization != "none":
         _check_bitsandbytes(model.quantization)
     config = load_config(model)
-    prepare_config(config)
+    prepare_config(config, fused_gelu)
     if model.random_init:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).to(device)
     try:
@@ -226,12 +228,12 @@ def versions() -> dict[str, str]:
     return {module.__name__: module.__version__ for module in modules}
 
 
-def prepare_config(config: PreTrainedConfig) -> None:
+def prepare_config(config: PreTrainedConfig, fused_gelu: bool = True) -> None:
     """Settings that make no difference to what the model computes when it is used, and a large one to training it."""
     # gelu_new and gelu_pytorch_tanh are the same function (to 2.4e-7); the second is one fused kernel instead of eight and
     # keeps 60 KiB a token and layer less for the backward pass (Phi-2).
     for key in ("hidden_act", "activation_function"):
-        if getattr(config, key, None) == "gelu_new":
+        if fused_gelu and getattr(config, key, None) == "gelu_new":
             setattr(config, key, "gelu_pytorch_tanh")
     # The base's own dropouts (Phi-2: 0.1 on the residuals) were for its pretraining. adapter.dropout is the one that counts.
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "attention_dropout_prob"):

@@ -402,6 +402,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         problems = []
+        if self.speed.dequantize_once is True and self.model.quantization != "nf4":
+            kind = self.model.quantization
+            problems.append(f"speed.dequantize_once: true has no effect with model.quantization: {kind}; use nf4, or remove it")
         if self.adapter == "none":
             if self.model.quantization != "none":
                 problems.append(f"adapter: none trains every weight, which {self.model.quantization} forbids; set model.quantization: none")

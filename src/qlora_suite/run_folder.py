@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from qlora_suite import adapter, black_box, checkpoint, compatibility, disk_spac
 from qlora_suite.batches import Limit, Order
 from qlora_suite.checkpoint import State, Trained
 from qlora_suite.engine import Engine
+from qlora_suite.fast_paths import FastPaths
 from qlora_suite.files import write_json, write_text
 from qlora_suite.leaks import redacted
 from qlora_suite.mirror import check_mirrored, copy_to, refuse_links, restore_from
@@ -104,6 +105,19 @@ def _check_shared(path: Path, accelerator: Accelerator) -> None:
             time.sleep(0.05)
     if accelerator.is_main_process:
         probe.unlink()
+
+
+class Signs(NamedTuple):
+    """What there is to look after between two steps, seen by this rank or by any."""
+
+    lost: bool
+    """Is the newest checkpoint gone?"""
+    taken_over: bool
+    """Does another run write to the folder?"""
+    time_is_up: bool
+    save_is_due: bool
+    asked: bool
+    """To stop."""
 
 
 class Run:
@@ -201,16 +215,31 @@ class Run:
         engine.load_state(state.scaler)
 
     def describe(
-        self, manifest: Mapping[str, Any], sizes: adapter.Size, engine: Engine, order: Order, *, limit: Limit, checkpointing: bool
+        self,
+        manifest: Mapping[str, Any],
+        sizes: adapter.Size,
+        engine: Engine,
+        order: Order,
+        *,
+        limit: Limit,
+        checkpointing: bool,
+        paths: FastPaths,
     ) -> None:
         """Say, and keep in run.json, what runs where. Raises ValueError if its checkpoints will not fit on the disk."""
         with together(self.accelerator):
             if self.main:
                 disk_space.check_free(self.recipe, sizes.trainable, self.num_steps)
-                self._describe(manifest, sizes, engine, order, limit, checkpointing)
+                self._describe(manifest, sizes, engine, order, limit, checkpointing, paths)
 
     def _describe(
-        self, manifest: Mapping[str, Any], sizes: adapter.Size, engine: Engine, order: Order, limit: Limit, checkpointing: bool
+        self,
+        manifest: Mapping[str, Any],
+        sizes: adapter.Size,
+        engine: Engine,
+        order: Order,
+        limit: Limit,
+        checkpointing: bool,
+        paths: FastPaths,
     ) -> None:
         world = self.accelerator.num_processes
         servable, because = servable_as(self.recipe, manifest)
@@ -228,6 +257,7 @@ class Run:
             "processes": world,
             "micro_batch": {"rows": limit.rows, "tokens": limit.tokens},
             "gradient_checkpointing": checkpointing,
+            "fast_paths": vars(paths),
             "hardware": hardware(self.accelerator.device),
             "versions": {"python": platform.python_version(), **versions()},
             "git": git_state(),
@@ -245,6 +275,7 @@ class Run:
             f"step       {rows_per_step} rows on {where}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
             f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {'on' if checkpointing else 'off'}"
         )
+        say(f"faster     {paths}")
         config = getattr(engine.unwrapped, "peft_config", {}).get("default")
         for remark in remarks(self.recipe, order.num_rows, order.num_steps, config and config.target_modules):
             say(f"note       {remark}")
@@ -376,25 +407,29 @@ class Run:
             self._track({"dev_loss": loss}, state.step)
             say(f"step {state.step}: development loss {loss:.4f} nats a token" + (" (best so far)" if better else ""))
 
-    def reason_to_stop(self, state: State, engine: Engine, request: StopRequest, seconds: float) -> str:
-        """Why the run should end now, agreed by all ranks; empty if it should not. Looks after the folder, too.
+    def signs(self, state: State, request: StopRequest, seconds: float, since_save: float) -> Signs:
+        """What this rank sees; `seconds` of training, and since the last save. Looks after the folder, too."""
+        limit, minutes = self.recipe.stop.after_minutes, self.recipe.checkpoints.every_minutes
+        lost, taken_over = self._look_after_folder(state.step)
+        time_is_up = limit is not None and seconds >= limit * 60
+        return Signs(lost, taken_over, time_is_up, minutes is not None and since_save >= minutes * 60, request.asked())
+
+    def reason_to_stop(self, state: State, seen: Signs) -> str:
+        """Why the run should end now; empty if it should not. `seen` by any rank.
 
         Raises ValueError if the folder was deleted and another run is writing there now.
         """
-        limit = self.recipe.stop.after_minutes
-        ours = (*self._look_after_folder(state.step), limit is not None and seconds >= limit * 60, request.asked())
-        lost, taken_over, time_is_up, asked = engine.sum_over_ranks(*map(float, ours))
-        if taken_over:
+        if seen.taken_over:
             with together(self.accelerator):
                 if self.main:
                     raise ValueError(f"the folder {self.path} was deleted, and another run is writing there now; this one ends unsaved")
-        if lost:
+        if seen.lost:
             self.retry_at = state.step
         if early := self.reason_to_stop_early(state):
             return early
-        if time_is_up:
-            return f"after {limit:g} minutes, as stop.after_minutes asks"
-        return ON_REQUEST if asked else ""
+        if seen.time_is_up:
+            return f"after {self.recipe.stop.after_minutes:g} minutes, as stop.after_minutes asks"
+        return ON_REQUEST if seen.asked else ""
 
     def reason_to_stop_early(self, state: State) -> str:
         """Why no further step would help; empty while it may."""
@@ -402,16 +437,14 @@ class Run:
         enough = patience is not None and state.evaluations_without_gain >= patience
         return f"early: no better development loss in {patience} evaluations" if enough else ""
 
-    def time_to_save(self, state: State, seconds: float, engine: Engine) -> bool:
+    def time_to_save(self, state: State, seen: Signs) -> bool:
         """Is a periodic checkpoint due: by steps, by minutes, or because this is the best so far?"""
-        every, minutes = self.recipe.checkpoints.every_steps, self.recipe.checkpoints.every_minutes
+        every = self.recipe.checkpoints.every_steps
         if state.best is not None and state.best["step"] == state.step:
             return True
         if self.retry_at is not None:  # a disk that is dead must not cost an attempt at every step
             return state.step >= self.retry_at
-        if every is not None and state.step % every == 0:
-            return True
-        return minutes is not None and engine.any_rank(seconds >= minutes * 60)
+        return seen.save_is_due or (every is not None and state.step % every == 0)
 
     def save(self, state: State, net: nn.Module, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, required: bool) -> bool:
         """Write, verify, mirror; then prune. Was it written?

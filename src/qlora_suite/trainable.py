@@ -24,12 +24,13 @@ def build_model(
     Raises ValueError if the base cannot be loaded, the adapter does not cover it, or it would mix packed conversations.
     """
     torch.manual_seed(recipe.seed)  # decides lora_A, or every weight of a model made from nothing
+    fused_gelu = recipe.speed.gelu == "auto"
     if recipe.adapter == "none":
-        base = load_base(recipe.model, torch.float32, device)
+        base = load_base(recipe.model, torch.float32, device, fused_gelu=fused_gelu)
         base.requires_grad_(True)
         check_separates_packed_rows(base)
         return base, base
-    base = load_base(recipe.model, dtype, device, quant_storage=dtype if sharded else None)
+    base = load_base(recipe.model, dtype, device, quant_storage=dtype if sharded else None, fused_gelu=fused_gelu)
     if recipe.data.packing:
         check_separates_packed_rows(base)
     markers = manifest["role_markers"]
