@@ -209,8 +209,8 @@ def train(recipe: Recipe) -> None:
                 learning_rate = lr_at(step, recipe.optim, num_steps)
                 engine.set_lr(learning_rate)
                 signs = run.signs(state, stop, time.monotonic() - began, time.monotonic() - last_save)
-                loss_sum, grad_norm, *seen = engine.totals(losses, *signs)  # the only time in a step that the GPU is waited for
-                loss, seen = loss_sum / num_tokens, run_folder.Signs(*map(bool, seen))
+                loss_sum, grad_norm, *counts = engine.totals(losses, *signs)  # the only time in a step that the GPU is waited for
+                loss, seen = loss_sum / num_tokens, run_folder.Signs.of(counts)
                 found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
                 applied = is_applied(found, recipe.optim)
                 if found and not is_scale_search(found, loss, dtype, engine.loss_scale(), state.skipped_in_a_row):
@@ -240,9 +240,9 @@ def train(recipe: Recipe) -> None:
                     with together(accelerator):
                         check_skipped(state.skipped_in_a_row, recipe.train.max_skipped_steps, dtype, engine.loss_scale(), found, step_rows)
 
-                if look_around():  # it took its time
+                if look_around() or engine.alone:  # it took its time; and a single process learns of a request at no cost
                     signs = run.signs(state, stop, time.monotonic() - began, time.monotonic() - last_save)
-                    seen = run_folder.Signs(*map(bool, engine.sum_over_ranks(*signs)))
+                    seen = run_folder.Signs.of(counts, engine.sum_over_ranks(*signs))
                 outcome, last = run.reason_to_stop(state, seen), state.step == num_steps
                 if last or outcome or run.time_to_save(state, seen):
                     with watch.allow(f"saving step {state.step}"):

@@ -285,7 +285,7 @@ class Engine:
         """Values of the device and flags of the host, summed over the processes in one exchange. [values + flags] float64"""
         mine = torch.tensor(flags, dtype=torch.float64).to(self.accelerator.device, non_blocking=True)
         mine = torch.cat([values.double(), mine])
-        return mine if self.accelerator.num_processes == 1 else self.accelerator.reduce(mine, "sum")
+        return mine if self.alone else self.accelerator.reduce(mine, "sum")
 
     def step(self, apply: bool) -> None:
         """Clip the gradient and apply it, or leave it out; it is gone in any case. All ranks must come to the same `apply`."""
@@ -363,9 +363,14 @@ class Engine:
 
     # -- what ranks tell each other
 
+    @property
+    def alone(self) -> bool:
+        """Is this the only process? Then what ranks tell each other costs nothing."""
+        return self.accelerator.num_processes == 1
+
     def sum_over_ranks(self, *values: float) -> list[float]:
         """Each value summed over the processes, in float64."""
-        if self.accelerator.num_processes == 1:
+        if self.alone:
             return [float(value) for value in values]
         return self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device), "sum").tolist()
 

@@ -119,6 +119,11 @@ class Signs(NamedTuple):
     asked: bool
     """To stop."""
 
+    @classmethod
+    def of(cls, *counts: Sequence[float]) -> "Signs":
+        """From how many ranks have seen each, at one time or several."""
+        return cls(*(any(column) for column in zip(*counts, strict=True)))
+
 
 class Run:
     """The folder of one run. Methods that write do so on the main process alone; all processes call them."""
