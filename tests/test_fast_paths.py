@@ -117,6 +117,32 @@ def test_each_by_itself_gives_the_plain_loss_and_gradients_in_every_precision(
     assert_same(gradients(net, dtype), plain, {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype])
 
 
+def test_the_mask_of_an_older_card_is_made_once_and_is_the_same(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a T4, which has no kernel for boundaries."""
+    plain = gradients(adapted(folders["llama"], "none", torch.float32)[0])
+    net, base = adapted(folders["llama"], "none", torch.float32)
+    take(net, base, attention="auto")
+    packed_attention.AttentionInterface.register(packed_attention.MASKED, packed_attention.sdpa_attention_forward)
+    packed_attention.AttentionMaskInterface.register(packed_attention.MASKED, packed_attention.sdpa_mask)
+    base.set_attn_implementation(packed_attention.MASKED)
+    given = batch()
+    with Asked() as asked:
+        found = gradients(net, given=given)
+    assert_same(found, plain, 2e-5)
+    assert not asked.found
+
+
+def test_a_base_in_fp32_computes_in_bf16_under_autocast() -> None:
+    found = []
+    for lora in ("plain", "auto"):
+        torch.manual_seed(0)
+        base = tiny("llama")
+        net = add_adapter(base, Adapter(rank=4), (), train_head_rows=False).train()
+        take(net, base, torch.bfloat16, lora=lora)
+        found.append(gradients(net, torch.bfloat16)[0])
+    assert found[1].item() == pytest.approx(found[0].item(), rel=1e-2)
+
+
 @pytest.mark.parametrize("tile", [1, 7, 10**6])
 def test_the_tile_is_no_part_of_the_loss(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     plain = gradients(adapted(folders["phi"], "none", torch.float32)[0])

@@ -60,8 +60,8 @@ def take(net: nn.Module, base: PreTrainedModel, speed: Speed, dtype: torch.dtype
         return f"{OFF}, for its results differ"
 
     attention = head = lora = OFF
-    if speed.attention == "auto" and packed_attention.use(base, dtype, longest):
-        attention = kept(lambda: packed_attention.stop_using(base), "each conversation by itself")
+    if speed.attention == "auto" and (words := packed_attention.use(base, dtype, longest)):
+        attention = kept(lambda: packed_attention.stop_using(base), words)
     if speed.head == "auto":
         output = base.get_output_embeddings()
         tiled_head.use(output, base.config.get_text_config().vocab_size)

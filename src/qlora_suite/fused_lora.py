@@ -103,6 +103,12 @@ def _outputs(x: Tensor, layers: tuple[LoraLayer, ...], dtype: torch.dtype) -> tu
     return _LoraLinears.apply(x, dtype, [layer.get_base_layer() for layer in layers], scales, *downs, *ups)
 
 
+def _frozen(base: nn.Linear, x: Tensor) -> Tensor:
+    if is_4bit(base):
+        return base.forward(x)  # bitsandbytes', or that of the copy
+    return nn.functional.linear(x, base.weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+
+
 class _LoraLinears(torch.autograd.Function):
     """x [..., width] -> y_i [..., out_i], for base layers (weight [out_i, width]), A_i [rank_i, width] and B_i [out_i, rank_i]."""
 
@@ -115,7 +121,7 @@ class _LoraLinears(torch.autograd.Function):
             flat = x.to(dtype).flatten(0, -2)  # [tokens, width]
             low = flat @ torch.cat(downs).to(dtype).T  # [tokens, sum of ranks]
             lows = low.split([len(down) for down in downs], dim=1)
-            out = [base.forward(flat) for base in bases]
+            out = [_frozen(base, flat) for base in bases]
             for y, part, up, scale in zip(out, lows, ups, scales, strict=True):
                 y.addmm_(part, up.to(dtype).T, alpha=scale)
         ctx.save_for_backward(flat, low, *factors)

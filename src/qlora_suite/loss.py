@@ -101,9 +101,9 @@ def _plain_losses(logits: Tensor, batch: Batch) -> Tensor:
 
 def forward(model: nn.Module, batch: Batch, columns: Tensor) -> Tensor:
     """Logits at the given places. [rows, len(columns), vocabulary]"""
-    boundaries = batch.boundaries if packed_attention.is_used_by(model) else None
+    mask = packed_attention.mask_for(model, batch.boundaries, batch.position_ids)
     return model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=boundaries, use_cache=False, logits_to_keep=columns
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False, logits_to_keep=columns
     ).logits
 
 

@@ -15,6 +15,9 @@ Three conversations in a row of 8 places. The mask is computed in full, and two 
 The boundaries travel as the attention mask: an int32 tensor [1, 1, 1, conversations + 1], counted through all rows of the batch.
 transformers hands a mask of four dimensions to every layer as it is, through recomputation too; an attention that does not know
 what it is given fails, for no mask has whole numbers.
+
+On a card without the kernel for it (a T4) the mask stays, but it is made once a batch, and without asking the GPU whether there is
+something to mask, as transformers does in each forward pass.
 """
 
 from itertools import pairwise
@@ -25,7 +28,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "packed_sdpa"
+BY_ITSELF, MASKED = "packed_sdpa", "masked_sdpa"
+"""Names under which transformers knows the two."""
 VARLEN_CAPABILITY = (8, 0)
 """Ampere: torch's varlen kernel is FlashAttention, which older cards lack."""
 
@@ -43,32 +47,40 @@ def boundaries_of(lengths: list[list[int]], places: int) -> Tensor:
     return torch.tensor(ends, dtype=torch.int32)[None, None, None]
 
 
-def use(model: PreTrainedModel, dtype: torch.dtype, longest: int) -> bool:
-    """Let the model's attention understand boundaries, if it may and if there is something to gain: on a CPU, and on cards that have
-    the kernel for it. Where it says False everything is as it was. `longest`: tokens of the longest row.
+def use(model: PreTrainedModel, dtype: torch.dtype, longest: int) -> str:
+    """Let the model's attention take what `mask_for` gives. `longest`: tokens of the longest row.
+
+    Returns in a few words what it does; nothing if it has a window or a cap, or is none of torch's: then all is as it was.
     """
     config = model.config.get_text_config()
     device = next(model.parameters()).device
     windows = [getattr(config, key, None) or longest for key in ("sliding_window", "attention_chunk_size")]
     if config._attn_implementation != "sdpa" or min(windows) < longest or getattr(config, "attn_logit_softcapping", None):
-        return False
-    if device.type == "cuda" and (torch.cuda.get_device_capability(device) < VARLEN_CAPABILITY or dtype == torch.float32):
-        return False
-    if device.type not in ("cpu", "cuda"):
-        return False
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    return True
+        return ""
+    by_itself = device.type == "cpu" or (torch.cuda.get_device_capability(device) >= VARLEN_CAPABILITY and dtype != torch.float32)
+    name, function = (BY_ITSELF, _attention) if by_itself else (MASKED, sdpa_attention_forward)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
+    return "each conversation by itself" if by_itself else "a mask made once a batch"
 
 
 def stop_using(model: PreTrainedModel) -> None:
     model.set_attn_implementation("sdpa")
 
 
-def is_used_by(model: nn.Module) -> bool:
-    """`model` may be wrapped by an adapter and an engine."""
-    return next(m.config for m in model.modules() if hasattr(m, "config"))._attn_implementation == NAME
+def mask_for(model: nn.Module, boundaries: Tensor, position_ids: Tensor) -> Tensor | None:
+    """What to give to this model as its attention mask. `model` may be wrapped by an adapter and an engine.
+
+    The mask of a T4: [rows, 1, places, places] bool, true where the place of the row may look at that of the column.
+    """
+    name = next(m for m in model.modules() if isinstance(m, PreTrainedModel)).config.get_text_config()._attn_implementation
+    if name == BY_ITSELF:
+        return boundaries
+    if name != MASKED:
+        return None
+    conversation, place = (position_ids == 0).cumsum(dim=1), torch.arange(position_ids.shape[1], device=position_ids.device)
+    return ((conversation[:, :, None] == conversation[:, None, :]) & (place[:, None] >= place))[:, None]
 
 
 def _attention(
@@ -89,7 +101,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scali
 
     rows, heads, places, _ = query.shape
     flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [rows x places, heads, width]
-    # a bound of the longest conversation, known without asking the GPU
+    if torch.is_autocast_enabled("cuda"):  # which knows torch's other attention, and not this one
+        flat = [t.to(torch.get_autocast_dtype("cuda")) for t in flat]
+    # `places` twice: a bound of the longest conversation, known without asking the GPU
     out = varlen_attn(*flat, boundaries, boundaries, places, places, scale=scaling, window_size=(-1, 0), enable_gqa=key.shape[1] != heads)
     return out.unflatten(0, (rows, places))
 
