@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 from qlora_suite.checkpoint import ADAPTER
+from qlora_suite.engine import Engine
 from qlora_suite.files import read_json, write_json
 from qlora_suite.launched_runs import after_step
 from qlora_suite.model import BF16_CAPABILITY, versions
@@ -176,3 +177,37 @@ def test_every_engine_learns_one_curve_on_the_gpus(tmp_path: Path, record: Recor
     record(processes=processes, **{f"{engine}, {way}": vars(found) for engine, way, found, _ in results})
     assert not complaints
     assert all(ok for *_, ok in results), results
+
+
+def test_the_faster_ways_give_the_plain_curve_on_this_card(recipe: Path, tmp_path: Path) -> None:
+    """Attention by boundaries (or a mask made once), the tiled head, fused LoRA and unpacked copies, against transformers and PEFT."""
+    plain = [f"speed.{key}=plain" for key in ("attention", "head", "lora", "gelu")] + ["speed.dequantize_once=false"]
+    ours = train(recipe, "train.max_steps=6", "train.micro_batch=2", f"output.dir={tmp_path / 'ours'}")
+    theirs = train(recipe, "train.max_steps=6", "train.micro_batch=2", *plain, f"output.dir={tmp_path / 'plain'}")
+    assert column(metrics(ours), "loss") == pytest.approx(column(metrics(theirs), "loss"), rel=1e-2)
+    assert not [way for way, what in facts(ours)["fast_paths"].items() if what.startswith("off")]
+
+
+def test_a_step_waits_for_the_card_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts every time that the host waits for the device; reading the step's totals is the one."""
+    waits: list[int] = []
+    totals, step = Engine.totals, Engine.step
+
+    def counted(self: Engine, *args: Any) -> list[float]:
+        torch.cuda.set_sync_debug_mode("default")  # this is where a step may wait
+        return totals(self, *args)
+
+    def stepped(self: Engine, apply: bool) -> None:
+        torch.cuda.set_sync_debug_mode("error")  # from here to the next step's totals nothing may
+        step(self, apply)
+        waits.append(1)
+
+    monkeypatch.setattr(Engine, "totals", counted)
+    monkeypatch.setattr(Engine, "step", stepped)
+    try:
+        train(recipe, "previews.prompts=[]", "checkpoints.every_minutes=null", "train.max_steps=4", "stop.after_minutes=60")
+    except RuntimeError as error:
+        assert len(waits) >= 4, error  # the save at the end waits, and may
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) >= 4
