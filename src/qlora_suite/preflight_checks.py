@@ -31,7 +31,7 @@ from qlora_suite.engine import TRACKER_PACKAGES
 from qlora_suite.evaluation import check_dev_rows
 from qlora_suite.files import read_json
 from qlora_suite.memory_estimate import Estimate, fits
-from qlora_suite.micro_batch import HEADROOM
+from qlora_suite.micro_batch import HEADROOM, in_words
 from qlora_suite.model import BF16_CAPABILITY, PRECISIONS, check_reachable, load_tokenizer
 from qlora_suite.module_table import Skeleton
 from qlora_suite.recipe import Recipe
@@ -358,12 +358,12 @@ def memory_finding(estimate: Estimate, memory: int, measured: bool, recipe: Reci
     limit, peak = HEADROOM * memory, estimate.total
     how = "measured" if measured else "estimated"
     rows = estimate.limit.tokens
-    way = f"{rows:,} tokens at once, checkpointing {'on' if estimate.checkpointing else 'off'}"
+    way = f"{rows:,} tokens at once, checkpointing {in_words(estimate.checkpointing)}"
     text = f"{size_text(peak)} {how} of {size_text(memory)} ({peak / memory:.0%}; up to {HEADROOM:.0%} is used): {way}"
     if fits(estimate, memory):
         return Finding("ok" if peak < 0.98 * limit else "look", "memory", text, "" if peak < 0.98 * limit else "close: see if it holds")
     remedies = []
-    if recipe.train.gradient_checkpointing is False:
+    if recipe.train.gradient_checkpointing not in (True, "auto"):
         remedies.append("train.gradient_checkpointing=auto")
     if recipe.train.micro_batch not in (1, "auto"):
         remedies.append("train.micro_batch=auto")
@@ -397,13 +397,13 @@ def rate_of_run(run: Path) -> Rate:
     return Rate(float(np.median(values[WARM_UP_STEPS:])) / processes, source, device)
 
 
-def tabled_rate(skeleton: Skeleton, card: Card | None, checkpointing: bool) -> Rate | None:
+def tabled_rate(skeleton: Skeleton, card: Card | None, checkpointing: float) -> Rate | None:
     """From the operations that a token takes, and what a published run on such a card sustained."""
     products = sum(one.parameters for one in skeleton.weights if len(one.shape) == 2 and "embed" not in one.name)
     adapts = any(".lora_" in name for name in skeleton.trained)
     if card is None or card.teraflops is None or not adapts or not TABLED_SIZES[0] <= products <= TABLED_SIZES[1]:
         return None
-    operations = (6 if checkpointing else 4) * products + 6 * skeleton.num_trained  # forward, to the inputs, and recomputed
+    operations = (4 + 2 * checkpointing) * products + 6 * skeleton.num_trained  # forward, to the inputs, and recomputed
     return Rate(card.teraflops * 1e12 / operations, f"tabled, {card.teraflops:g} TFLOP/s: {card.source}")
 
 
