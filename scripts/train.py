@@ -26,7 +26,7 @@ from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_s
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import main
-from qlora_suite.compiled import compile_layers
+from qlora_suite.compiled import check_compiler, compile_layers
 from qlora_suite.engine import autocast, engine_for, name_of, seed_for
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import check_dev_rows, dev_loss
@@ -53,6 +53,8 @@ def train(recipe: Recipe) -> None:
     # ---- data: prepared once by scripts/prepare_data.py; here only read ---------------------------------------------------
     with together(accelerator):  # a mistake is one sentence, however many processes there are
         compatibility.check(recipe, name_of(accelerator))
+        if recipe.speed.compile:
+            check_compiler(accelerator.device)
         manifest = dataset.load_manifest(recipe)
         folder = Path(recipe.data.prepared)
         rows, dev = dataset.Rows(folder / "train.arrow"), dataset.Rows(folder / "dev.arrow")
@@ -129,7 +131,7 @@ def train(recipe: Recipe) -> None:
         with watch.allow("starting the engine"):
             engine = engine_for(accelerator, net, optimizer.build(net, recipe.optim), dtype, recipe.optim.max_grad_norm)
             if recipe.speed.compile:
-                compile_layers(base, accelerator.device)
+                compile_layers(base)
             run.resume_engine(engine, state)
         set_timeout_of_every_group(process_group_timeout(hung_after))  # engines make groups of their own
         run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing)

@@ -22,15 +22,14 @@ one row, a first layer whose input wants no gradient, a share of the layers that
 """
 
 
-def compile_layers(base: nn.Module, device: torch.device) -> None:
+def compile_layers(base: nn.Module) -> None:
     """Compile the forward and backward pass of each decoder layer when training first comes to it; sizes of micro-batches may vary.
 
     After the engine has wrapped the model: FSDP2 gives layers another class, and with it another forward. Dropout draws as it does
-    uncompiled. Raises ValueError if there is no compiler, or the model has no layers that repeat.
+    uncompiled. Raises ValueError if the model has no such layers.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer  # the class of every decoder layer
 
-    check_compiler(device)
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"speed.compile found no decoder layers in {type(base).__name__}; set it to false")

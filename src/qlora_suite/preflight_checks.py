@@ -25,6 +25,7 @@ from qlora_suite.base_files import weight_files
 from qlora_suite.batches import Order, check_division
 from qlora_suite.cards import Card
 from qlora_suite.chat import Renderer
+from qlora_suite.compiled import check_compiler
 from qlora_suite.dataset import Rows
 from qlora_suite.disk_space import existing, need_of, size_text
 from qlora_suite.engine import TRACKER_PACKAGES
@@ -92,7 +93,7 @@ def refused(what: str, error: Exception) -> Finding:
     return Finding("fail", what, " ".join(text.split()), " ".join(remedy.split()))
 
 
-def caught(what: str, check: Callable[[], Finding]) -> Finding:
+def caught(what: str, check: Callable[[], Finding | None]) -> Finding | None:
     """The finding; a ValueError or OSError is one too."""
     try:
         return check()
@@ -191,6 +192,14 @@ def compiler_finding(where: Place) -> Finding | None:
             "install them (apt-get install g++ ninja-build, module load gcc), or use ddp.yaml",
         )
     return Finding("ok", "deepspeed", "installed, with the compiler that it wants on CPUs")
+
+
+def compile_finding(recipe: Recipe, where: Place) -> Finding | None:
+    """What speed.compile needs of this machine, if it is asked for. Raises ValueError if that is missing."""
+    if not recipe.speed.compile:
+        return None
+    check_compiler(torch.device("cpu" if where.cpu else "cuda"))
+    return Finding("ok", "compile", "a compiler is here; the first steps take a minute or more longer, each kind of layer once")
 
 
 def trackers_finding(recipe: Recipe) -> Finding | None:

@@ -287,7 +287,7 @@ class Train(Section):
     """Stop the schedule here if the epochs would take longer."""
     micro_batch: Positive | Literal["auto"] = free("auto")
     """Rows in one forward pass on one process; `auto` finds what fits."""
-    gradient_checkpointing: bool | Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = free("auto")
+    gradient_checkpointing: bool | Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = free("auto")
     """Recompute activations in the backward pass: in all layers, in none, or in a share of them (0.5: every second), evenly spread;
     `auto` in as few as memory allows."""
     max_skipped_steps: Positive = free(5)
