@@ -184,7 +184,7 @@ def recomputing(num_layers: int, share: float) -> list[bool]:
     """Which layers recompute: this share of them, evenly spread, one at least if the share is not 0; the last of each group is kept,
     so that the backward pass has freed a layer's activations before it makes the first ones again.
     """
-    kept = num_layers - math.ceil(round(num_layers * share, 6))  # 30 x 0.1 is a little more than 3
+    kept = num_layers - math.ceil(round(num_layers * share, 6))  # 25 x 0.28 is a little more than 7
     return [(i + 1) * kept // num_layers == i * kept // num_layers for i in range(num_layers)]
 
 
