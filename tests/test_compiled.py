@@ -14,7 +14,6 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from qlora_suite.checkpoint import ADAPTER
-from qlora_suite.compatibility import DDP, FSDP2, ONE, ZERO2, ZERO3, refusals
 from qlora_suite.compiled import check_compiler, compile_layers
 from qlora_suite.launched_runs import difference
 from qlora_suite.recipe_file import load
@@ -103,10 +102,3 @@ def test_without_a_compiler_or_layers_a_sentence_says_so(monkeypatch: pytest.Mon
     for device, name in (("cpu", r"g\+\+"), ("cuda", "gcc")):
         with pytest.raises(ValueError, match=rf"speed\.compile needs a compiler on this machine \({name};"):
             check_compiler(torch.device(device))
-
-
-def test_the_engine_that_it_does_not_work_under_is_refused(make_recipe: MakeRecipe) -> None:
-    recipe = load(make_recipe("speed.compile=true"), [])
-    assert [engine for engine in (ONE, DDP, ZERO2, ZERO3, FSDP2) if refusals(recipe, engine)] == [ZERO3]
-    (sentence,) = refusals(recipe, ZERO3)
-    assert sentence.startswith("speed.compile does not work under DeepSpeed ZeRO-3")

@@ -36,9 +36,4 @@ def refusals(recipe: Recipe, engine: str) -> list[str]:
             "adapter.dora does not work on a 4-bit base under DeepSpeed ZeRO-3, for it needs whole weights where they are sharded; use "
             "accelerate_configs/deepspeed_zero2.yaml or fsdp.yaml, or adapter.dora: false"
         )
-    if recipe.speed.compile and engine == ZERO3:
-        found.append(
-            "speed.compile does not work under DeepSpeed ZeRO-3, which gathers weights by hooks in every module of a layer; use "
-            "accelerate_configs/fsdp.yaml, deepspeed_zero2.yaml or ddp.yaml, or speed.compile: false"
-        )
     return found
