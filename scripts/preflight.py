@@ -66,7 +66,8 @@ def preflight(
     dtype, precision = checks.precision(where, card)
     findings += [checks.config_finding(recipe, where), checks.gpus_finding(where, card, named is not None), precision]
     findings.append(caught("step", lambda: checks.step_finding(recipe, where)))
-    findings += filter(None, [checks.compiler_finding(where), checks.trackers_finding(recipe)])
+    compiles = caught("compile", lambda: checks.compile_finding(recipe, where))
+    findings += filter(None, [checks.compiler_finding(where), compiles, checks.trackers_finding(recipe)])
 
     # ---- what: base, prepared data, adapter ---------------------------------------------------------------------------------
     base_config = skeleton = manifest = rows = order = None

@@ -26,6 +26,7 @@ from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_s
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.command_line import main
+from qlora_suite.compiled import check_compiler, compile_layers
 from qlora_suite.engine import autocast, engine_for, name_of, seed_for
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import check_dev_rows, dev_loss
@@ -52,6 +53,8 @@ def train(recipe: Recipe) -> None:
     # ---- data: prepared once by scripts/prepare_data.py; here only read ---------------------------------------------------
     with together(accelerator):  # a mistake is one sentence, however many processes there are
         compatibility.check(recipe, name_of(accelerator))
+        if recipe.speed.compile:
+            check_compiler(accelerator.device)
         manifest = dataset.load_manifest(recipe)
         folder = Path(recipe.data.prepared)
         rows, dev = dataset.Rows(folder / "train.arrow"), dataset.Rows(folder / "dev.arrow")
@@ -92,7 +95,7 @@ def train(recipe: Recipe) -> None:
             state = run.resume(net, identity, run_facts.rounding(recipe, dtype))
         net.train()
 
-        def trial(num_rows: int, checkpointing: bool) -> None:
+        def trial(num_rows: int, checkpointing: float) -> None:
             """Does this micro-batch fit? Tried on the longest rows with every token supervised: no later step can be worse.
 
             Before the engine: a rank that runs out of memory must not leave others waiting for its gradients, or for its weights.
@@ -110,7 +113,7 @@ def train(recipe: Recipe) -> None:
         # Dropout draws its noise by micro-batch: there, and only there, a resumed run keeps the one that it began with.
         if recipe.draws_noise and recipe.train.micro_batch == "auto" and state.micro_batch:
             kept = dict(state.micro_batch)
-            checkpointing, limit = kept.pop("checkpointing"), Limit(**kept)
+            checkpointing, limit = float(kept.pop("checkpointing")), Limit(**kept)
         else:
             limit, checkpointing = choose(
                 recipe.train,
@@ -128,6 +131,8 @@ def train(recipe: Recipe) -> None:
         sizes = size(net)  # before an engine shards what is counted here
         with watch.allow("starting the engine"):
             engine = engine_for(accelerator, net, optimizer.build(net, recipe.optim), dtype, recipe.optim.max_grad_norm)
+            if recipe.speed.compile:
+                compile_layers(base)
             run.resume_engine(engine, state)
         set_timeout_of_every_group(process_group_timeout(hung_after))  # engines make groups of their own
         run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing, paths=paths)

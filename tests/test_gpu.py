@@ -3,6 +3,7 @@
 GPU_RESULTS=benchmarks/gpu.json pytest -m gpu       also records what was measured, with date, card and versions
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -205,9 +206,8 @@ def test_a_step_waits_for_the_card_once(recipe: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Engine, "totals", counted)
     monkeypatch.setattr(Engine, "step", stepped)
     try:
-        train(recipe, "previews.prompts=[]", "checkpoints.every_minutes=null", "train.max_steps=4", "stop.after_minutes=60")
-    except RuntimeError as error:
-        assert len(waits) >= 4, error  # the save at the end waits, and may
+        with contextlib.suppress(RuntimeError):  # the save at the end waits, and may
+            train(recipe, "previews.prompts=[]", "checkpoints.every_minutes=null", "train.max_steps=4", "stop.after_minutes=60")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) >= 4

@@ -1,5 +1,6 @@
 """What scripts/preflight.py says of memory, against the bytes of real models: every kind of base, on the CPU, in true 4 and 8 bits."""
 
+import functools
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from qlora_suite.batches import Limit
 from qlora_suite.engine import autocast
 from qlora_suite.loss import Batch, collate, summed_loss
 from qlora_suite.memory_estimate import measured, stored, suggested, traced
-from qlora_suite.micro_batch import set_checkpointing
+from qlora_suite.micro_batch import by_speed, set_checkpointing
 from qlora_suite.model import compute_dtype
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
@@ -134,7 +135,7 @@ def test_each_optimisers_state_is_counted_to_the_byte(name: str) -> None:
     assert memory_estimate.optimizer_bytes(shapes, name) == storage_bytes(states)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
     ("architecture", "quantization", "dtype"),
     [
@@ -150,7 +151,7 @@ def test_each_optimisers_state_is_counted_to_the_byte(name: str) -> None:
     ],
 )
 def test_activations_and_peak_are_those_of_a_real_step(
-    bases: dict[str, Path], tmp_path: Path, architecture: str, quantization: str, dtype: torch.dtype, checkpointing: bool
+    bases: dict[str, Path], tmp_path: Path, architecture: str, quantization: str, dtype: torch.dtype, checkpointing: float
 ) -> None:
     recipe = recipe_of(tmp_path, bases[architecture], *QUANTIZATIONS[quantization], "adapter.dropout=0.05")
     net, base = build_model(recipe, {"role_markers": MARKERS}, dtype, CPU)
@@ -188,27 +189,33 @@ def saved_bytes(net: nn.Module, loss: object) -> int:
 def test_two_steps_tell_what_more_rows_need(bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, bases["qwen2"])
     skeleton = module_table.build(recipe, MARKERS, torch.float16)
-    for checkpointing in (False, True):
+    for checkpointing in (0.0, 0.5, 1.0):
         one, two, five = (traced(skeleton, rows, LENGTH, checkpointing) for rows in (1, 2, 5))
         assert memory_estimate._with_rows(one, two, 5).total == pytest.approx(five.total, rel=0.01)
 
 
-def test_the_card_decides_micro_batch_and_checkpointing_as_the_trial_would(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_the_card_decides_micro_batch_and_checkpointing_as_the_trial_would(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = recipe_of(tmp_path, bases["llama"])
     skeleton = module_table.build(recipe, MARKERS, torch.float16)
     parts = stored(skeleton, "adamw", compatibility.ONE, 1)
     held = sum(part.bytes for part in parts)
-    needs = {(rows, on): traced(skeleton, rows, LENGTH, on).total for rows in (1, 2, 4) for on in (False, True)}
+    once = functools.cache(lambda rows, share: traced(skeleton, rows, LENGTH, share))
+    monkeypatch.setattr(memory_estimate, "traced", lambda _skeleton, rows, _length, share, _cuda: once(rows, share))
+    ways = by_speed(recipe.train, 4, LENGTH)
+    needs = {way: once(*way).total for way in ways}
 
-    def choice(room: int) -> tuple[int, bool]:
+    def choice(room: int) -> tuple[int, float]:
         memory = int((held + room) / memory_estimate.HEADROOM) + 64
         found = suggested(skeleton, parts, recipe.train.model_copy(update={"rows_per_step": 4}), 4, LENGTH, memory, False)
         return found.limit.tokens // LENGTH, found.checkpointing
 
-    assert choice(needs[4, False]) == (4, False)
-    assert choice(needs[4, False] - 4096) == (2, False)
-    assert choice(needs[1, False]) == (1, False)
-    assert choice(needs[1, False] - 4096)[1] is True
+    assert choice(needs[4, 0.0]) == (4, 0.0)
+    assert choice(needs[4, 0.0] - 4096) == (4, 0.25)  # rows of so few tokens: weights are made ready half as often as with two rows
+    for way in ways:
+        assert choice(needs[way]) == next(faster for faster in ways if needs[faster] <= needs[way])
+    assert choice(0) == (1, 1.0), "the smallest, where nothing fits"
     fixed = recipe.train.model_copy(update={"rows_per_step": 4, "micro_batch": 4, "gradient_checkpointing": False})
     assert suggested(skeleton, parts, fixed, 4, LENGTH, held, False).limit == Limit(4, 4 * LENGTH)
 
@@ -261,7 +268,7 @@ def test_phi2_fits_a_t4_without_checkpointing_and_its_parts_are_those_worked_out
     assert size["LoRA weights"] == 4 * 23_592_960  # rank 16 on all six: q, k, v, dense 32 x 5,120 x 4, fc1 and fc2 16 x 12,800 each
     train = recipe.train.model_copy(update={"micro_batch": 1})
     found = suggested(skeleton, parts, train, 16, 2048, cards.named("t4").memory, False)
-    assert not found.checkpointing
+    assert found.checkpointing == 0
     # by hand, of 96 KiB a token and layer in bf16 on a CPU; in fp16 on a GPU layer norms and residuals are fp32, and the mask is kept
     assert 6.0 * 2**30 < found.step.activations < 8.5 * 2**30
     assert 9 * 2**30 < found.total < 12 * 2**30
@@ -271,22 +278,22 @@ def test_without_checkpointing_activations_are_what_autograd_saves(bases: dict[s
     recipe = recipe_of(tmp_path, bases["llama"], "model.quantization=nf4")
     net, base = build_model(recipe, {"role_markers": MARKERS}, torch.float32, CPU)
     net.train()
-    set_checkpointing(base, False)
+    set_checkpointing(base, 0.0)
 
     def layers() -> None:
         ids = batch_of(LENGTH, ROWS)
         base.model(input_ids=ids.input_ids, position_ids=ids.position_ids, attention_mask=None, use_cache=False)
 
     saved = saved_bytes(net, layers)
-    guess = traced(module_table.build(recipe, MARKERS, torch.float32), ROWS, LENGTH, False, cuda=False)
+    guess = traced(module_table.build(recipe, MARKERS, torch.float32), ROWS, LENGTH, 0.0, cuda=False)
     hidden = ROWS * LENGTH * base.config.hidden_size * 4
     assert saved <= guess.activations <= saved + 2 * hidden  # what the head is given is not saved, and there
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run `pytest -m gpu` on a machine with one")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_on_a_gpu_the_allocators_peak_is_within_a_tenth_of_the_estimate(tmp_path: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [0.0, 0.5, 1.0])
+def test_on_a_gpu_the_allocators_peak_is_within_a_tenth_of_the_estimate(tmp_path: Path, checkpointing: float) -> None:
     config = PhiConfig(
         vocab_size=51200,
         hidden_size=2560,

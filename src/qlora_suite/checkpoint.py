@@ -41,6 +41,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_suite.disk_space import size_of
 from qlora_suite.engine import Engine, shape_of
 from qlora_suite.files import complaint_about, errors_name, file_table, flush, hash_of, read_json, remove, write_json
+from qlora_suite.micro_batch import is_share
 from qlora_suite.recipe import default_of
 
 FORMAT_VERSION = 1
@@ -82,7 +83,7 @@ class State:
     precision: str = ""
     """What it was computed in."""
     micro_batch: dict[str, Any] | None = None
-    """`rows`, `tokens` and `checkpointing` of a forward pass, as found by trial."""
+    """`rows`, `tokens` and `checkpointing` (share of the layers) of a forward pass, as found by trial."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Curve keys of the recipe, hash of the data, hash of the base."""
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -107,9 +108,7 @@ def _is_scale(value: Any) -> bool:
 
 
 def _is_row_limit(value: Any) -> bool:
-    return value is None or _has(
-        value, rows=lambda x: _is_count(x, 1), tokens=lambda x: _is_count(x, 1), checkpointing=lambda x: type(x) is bool
-    )
+    return value is None or _has(value, rows=lambda x: _is_count(x, 1), tokens=lambda x: _is_count(x, 1), checkpointing=is_share)
 
 
 GOOD: dict[str, Callable[[Any], bool]] = {

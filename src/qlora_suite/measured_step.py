@@ -38,7 +38,7 @@ def measure(
     net.train()
     longest_first = rows.lengths.argsort()[::-1]
 
-    def trial(num_rows: int, checkpointing: bool) -> None:
+    def trial(num_rows: int, checkpointing: float) -> None:
         set_checkpointing(base, checkpointing)
         batch = collate([rows[r] for r in longest_first[:num_rows]], 0, all_supervised=True).to(device)
         try:

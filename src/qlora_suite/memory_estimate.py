@@ -10,6 +10,7 @@ The last 8 % are for the CUDA context and fragmentation: the headroom that the t
 """
 
 import contextlib
+import functools
 import math
 import types
 import weakref
@@ -28,7 +29,7 @@ from qlora_suite.adapter import IN_A_LAYER
 from qlora_suite.batches import Limit
 from qlora_suite.engine import autocast
 from qlora_suite.loss import collate, summed_loss
-from qlora_suite.micro_batch import CPU_TOKENS, HEADROOM, candidates, set_checkpointing
+from qlora_suite.micro_batch import CPU_TOKENS, HEADROOM, by_speed, in_words, set_checkpointing
 from qlora_suite.module_table import Skeleton, Stored
 from qlora_suite.recipe import Train
 
@@ -57,7 +58,7 @@ class Step:
     loss: int
     """At most on top of them, from the head to its gradient: logits, their softmax, the gradient."""
     backward: int
-    """At most on top of them, while the gradient goes through the layers: with checkpointing, a layer's activations again."""
+    """At most on top of them, while the gradient goes through the layers: where they recompute, a layer's activations again."""
 
     @property
     def total(self) -> int:
@@ -70,7 +71,8 @@ class Estimate:
     step: Step
     limit: Limit
     """What goes through at once."""
-    checkpointing: bool
+    checkpointing: float
+    """Share of the layers that recompute their activations."""
 
     @property
     def total(self) -> int:
@@ -234,7 +236,7 @@ def _tensors_of(state: Any) -> list[Tensor]:
     return found + (_tensors_of(state.state2) if getattr(state, "state2", None) is not None else [])
 
 
-def traced(skeleton: Skeleton, rows: int, length: int, checkpointing: bool, cuda: bool = True) -> Step:
+def traced(skeleton: Skeleton, rows: int, length: int, checkpointing: float, cuda: bool = True) -> Step:
     """A step on `rows` rows of `length` tokens, all of them supervised, as train.py's trial makes it. `cuda`: with the rules that
     CUDA's autocast has; else with the CPU's.
     """
@@ -342,9 +344,9 @@ def _computing_in(dtype: torch.dtype, cuda: bool) -> Iterator[None]:
 # ---- both together ------------------------------------------------------------------------------------------------------------------
 
 
-def estimate(vocabulary: int, stored_parts: Sequence[Component], step: Step, limit: Limit, checkpointing: bool) -> Estimate:
+def estimate(vocabulary: int, stored_parts: Sequence[Component], step: Step, limit: Limit, checkpointing: float) -> Estimate:
     """The peak of a step with this much at once, over a vocabulary of this size."""
-    what = "checkpointing on" if checkpointing else "kept for backward"
+    what = f"checkpointing {in_words(checkpointing)}" if checkpointing else "kept for backward"
     top = "logits and loss" if step.loss >= step.backward else ("recomputing a layer" if checkpointing else "backward pass of a layer")
     how = (
         f"{limit.tokens:,} tokens x {vocabulary:,} x {step.loss / limit.tokens / vocabulary:.1f} B"
@@ -369,31 +371,26 @@ def suggested(
     """The estimate of what train.py would choose on such a card, in the order in which it tries; of its smallest choice if nothing
     fits or the card is not known. On a CPU it tries nothing, and nor does this.
 
-    Two steps are traced for each way of checkpointing: what they need grows by the same amount with each row.
+    Two steps are traced for each share of recomputing layers: what they need grows by the same amount with each row.
     """
     vocabulary = skeleton.base.config.get_text_config().vocab_size
-    auto = train.micro_batch == "auto"
-    sizes = candidates(rows_per_rank) if auto else [train.micro_batch]
-    modes = [False, True] if train.gradient_checkpointing == "auto" else [train.gradient_checkpointing]
+    auto, ways = train.micro_batch == "auto", by_speed(train, rows_per_rank, longest)
     if cpu:
-        sizes, modes = [min(rows_per_rank, max(1, CPU_TOKENS // longest))] if auto else sizes, modes[:1]
-    elif memory is None:
-        sizes, modes = sizes[-1:], modes[-1:]
-    found = []
-    for checkpointing in modes:
-        steps = {1: traced(skeleton, 1, longest, checkpointing, not cpu)}
-        for rows in sizes:
-            first = estimate(vocabulary, stored_parts, steps[1], Limit(rows, longest), checkpointing)
-            if rows > 1 and memory and not cpu and not fits(first, memory) and rows != sizes[-1]:
-                continue  # one row does not fit, so more would not
-            if rows > 1 and 2 not in steps:
-                steps[2] = traced(skeleton, 2, longest, checkpointing, not cpu)
-            step = _with_rows(steps[1], steps.get(2, steps[1]), rows)
-            limit = Limit(rows_per_rank if auto else rows, rows * longest)
-            found.append(estimate(vocabulary, stored_parts, step, limit, checkpointing))
-            if cpu or memory is None or fits(found[-1], memory):
-                return found[-1]
-    return found[-1]
+        rows = min(rows_per_rank, max(1, CPU_TOKENS // longest)) if auto else train.micro_batch
+        ways = [(rows, min(share for _, share in ways))]
+    least = min(ways, key=lambda way: (way[0], -way[1]))
+    step = functools.cache(lambda rows, share: traced(skeleton, rows, longest, share, not cpu))
+
+    def step_of(rows: int, share: float) -> Step:
+        return step(1, share) if rows == 1 else _with_rows(step(1, share), step(2, share), rows)
+
+    def estimate_of(rows: int, share: float) -> Estimate:
+        return estimate(vocabulary, stored_parts, step_of(rows, share), Limit(rows_per_rank if auto else rows, rows * longest), share)
+
+    if cpu or memory is None:
+        return estimate_of(*least)
+    fitting = (way for way in ways if fits(estimate_of(least[0], way[1]), memory) and fits(estimate_of(*way), memory))
+    return estimate_of(*next(fitting, least))
 
 
 def _with_rows(one: Step, two: Step, rows: int) -> Step:

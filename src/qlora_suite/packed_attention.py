@@ -93,7 +93,7 @@ def _attention(
     scaling = kwargs.get("scaling")
     if query.device.type == "cuda":
         return _varlen(query, key, value, attention_mask.flatten(), scaling), None
-    return _one_by_one(query, key, value, attention_mask.flatten().tolist(), scaling), None
+    return _one_by_one(query, key, value, attention_mask, scaling), None
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scaling: float | None) -> Tensor:
@@ -108,12 +108,13 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scali
     return out.unflatten(0, (rows, places))
 
 
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, boundaries: list[int], scaling: float | None) -> Tensor:
+@torch.compiler.disable  # the lengths are another loop in each batch
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scaling: float | None) -> Tensor:
     rows, heads, places, _ = query.shape
     if key.shape[1] != heads:
         key, value = (repeat_kv(t, heads // key.shape[1]) for t in (key, value))
     lengths: list[list[int]] = [[] for _ in range(rows)]
-    for start, end in pairwise(boundaries):
+    for start, end in pairwise(boundaries.flatten().tolist()):
         lengths[start // places].append(end - start)
     attended = []
     for row in range(rows):  # split, not slices: its backward pass is one concatenation

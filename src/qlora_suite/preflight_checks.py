@@ -25,13 +25,14 @@ from qlora_suite.base_files import weight_files
 from qlora_suite.batches import Order, check_division
 from qlora_suite.cards import Card
 from qlora_suite.chat import Renderer
+from qlora_suite.compiled import check_compiler
 from qlora_suite.dataset import Rows
 from qlora_suite.disk_space import existing, need_of, size_text
 from qlora_suite.engine import TRACKER_PACKAGES
 from qlora_suite.evaluation import check_dev_rows
 from qlora_suite.files import read_json
 from qlora_suite.memory_estimate import Estimate, fits
-from qlora_suite.micro_batch import HEADROOM
+from qlora_suite.micro_batch import HEADROOM, in_words
 from qlora_suite.model import BF16_CAPABILITY, PRECISIONS, check_reachable, load_tokenizer
 from qlora_suite.module_table import Skeleton
 from qlora_suite.recipe import Recipe
@@ -92,7 +93,7 @@ def refused(what: str, error: Exception) -> Finding:
     return Finding("fail", what, " ".join(text.split()), " ".join(remedy.split()))
 
 
-def caught(what: str, check: Callable[[], Finding]) -> Finding:
+def caught(what: str, check: Callable[[], Finding | None]) -> Finding | None:
     """The finding; a ValueError or OSError is one too."""
     try:
         return check()
@@ -191,6 +192,14 @@ def compiler_finding(where: Place) -> Finding | None:
             "install them (apt-get install g++ ninja-build, module load gcc), or use ddp.yaml",
         )
     return Finding("ok", "deepspeed", "installed, with the compiler that it wants on CPUs")
+
+
+def compile_finding(recipe: Recipe, where: Place) -> Finding | None:
+    """What speed.compile needs of this machine, if it is asked for. Raises ValueError if that is missing."""
+    if not recipe.speed.compile:
+        return None
+    check_compiler(torch.device("cpu" if where.cpu else "cuda"))
+    return Finding("ok", "compile", "a compiler is here; the first steps take a minute or more longer, each kind of layer once")
 
 
 def trackers_finding(recipe: Recipe) -> Finding | None:
@@ -358,12 +367,12 @@ def memory_finding(estimate: Estimate, memory: int, measured: bool, recipe: Reci
     limit, peak = HEADROOM * memory, estimate.total
     how = "measured" if measured else "estimated"
     rows = estimate.limit.tokens
-    way = f"{rows:,} tokens at once, checkpointing {'on' if estimate.checkpointing else 'off'}"
+    way = f"{rows:,} tokens at once, checkpointing {in_words(estimate.checkpointing)}"
     text = f"{size_text(peak)} {how} of {size_text(memory)} ({peak / memory:.0%}; up to {HEADROOM:.0%} is used): {way}"
     if fits(estimate, memory):
         return Finding("ok" if peak < 0.98 * limit else "look", "memory", text, "" if peak < 0.98 * limit else "close: see if it holds")
     remedies = []
-    if recipe.train.gradient_checkpointing is False:
+    if recipe.train.gradient_checkpointing not in (True, "auto"):
         remedies.append("train.gradient_checkpointing=auto")
     if recipe.train.micro_batch not in (1, "auto"):
         remedies.append("train.micro_batch=auto")
@@ -397,13 +406,13 @@ def rate_of_run(run: Path) -> Rate:
     return Rate(float(np.median(values[WARM_UP_STEPS:])) / processes, source, device)
 
 
-def tabled_rate(skeleton: Skeleton, card: Card | None, checkpointing: bool) -> Rate | None:
+def tabled_rate(skeleton: Skeleton, card: Card | None, checkpointing: float) -> Rate | None:
     """From the operations that a token takes, and what a published run on such a card sustained."""
     products = sum(one.parameters for one in skeleton.weights if len(one.shape) == 2 and "embed" not in one.name)
     adapts = any(".lora_" in name for name in skeleton.trained)
     if card is None or card.teraflops is None or not adapts or not TABLED_SIZES[0] <= products <= TABLED_SIZES[1]:
         return None
-    operations = (6 if checkpointing else 4) * products + 6 * skeleton.num_trained  # forward, to the inputs, and recomputed
+    operations = (4 + 2 * checkpointing) * products + 6 * skeleton.num_trained  # forward, to the inputs, and recomputed
     return Rate(card.teraflops * 1e12 / operations, f"tabled, {card.teraflops:g} TFLOP/s: {card.source}")
 
 

@@ -287,8 +287,9 @@ class Train(Section):
     """Stop the schedule here if the epochs would take longer."""
     micro_batch: Positive | Literal["auto"] = free("auto")
     """Rows in one forward pass on one process; `auto` finds what fits."""
-    gradient_checkpointing: bool | Literal["auto"] = free("auto")
-    """Recompute activations in the backward pass; `auto` only if nothing fits otherwise."""
+    gradient_checkpointing: bool | Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = free("auto")
+    """Recompute activations in the backward pass: in all layers, in none, or in a share of them (0.5: every second), evenly spread;
+    `auto` in as few as memory allows."""
     max_skipped_steps: Positive = free(5)
     """End the run after this many steps in a row that were not applied: a loss or gradient was not finite, or `optim.on_spike: skip`."""
 
@@ -309,7 +310,7 @@ class Speed(Section):
     dequantize_once: bool | Literal["auto"] = free("auto")
     """Keep a copy of 4-bit weights in the precision that is computed in, instead of making it in each pass; `auto` where it fits."""
     compile: bool = free(False)
-    """torch.compile each decoder layer: minutes at the start, for faster steps on a GPU."""
+    """torch.compile each decoder layer: minutes at the start, for faster steps on a GPU. Training alone; needs a C++ compiler."""
 
 
 class Stop(Section):

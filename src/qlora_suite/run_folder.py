@@ -227,7 +227,7 @@ class Run:
         order: Order,
         *,
         limit: Limit,
-        checkpointing: bool,
+        checkpointing: float,
         paths: FastPaths,
     ) -> None:
         """Say, and keep in run.json, what runs where. Raises ValueError if its checkpoints will not fit on the disk."""
@@ -243,7 +243,7 @@ class Run:
         engine: Engine,
         order: Order,
         limit: Limit,
-        checkpointing: bool,
+        checkpointing: float,
         paths: FastPaths,
     ) -> None:
         world = self.accelerator.num_processes
@@ -278,7 +278,7 @@ class Run:
         say(f"data       {order.num_rows:,} rows, {manifest['counts']['train']['supervised']:,} supervised tokens; {order.num_steps} steps")
         say(
             f"step       {rows_per_step} rows on {where}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
-            f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {'on' if checkpointing else 'off'}"
+            f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {micro_batch.in_words(checkpointing)}"
         )
         say(f"faster     {paths}")
         config = getattr(engine.unwrapped, "peft_config", {}).get("default")
@@ -333,7 +333,7 @@ class Run:
         say(f"step {step}: {found}: loss {loss:.3f}, gradient norm {grad_norm:.3g}{beside}; {done}{where}")
         self.add_event(step, found, **seen)
 
-    def within_memory(self, limit: Limit, checkpointing: bool) -> tuple[Limit, bool]:
+    def within_memory(self, limit: Limit, checkpointing: float) -> tuple[Limit, float]:
         """The limit, or less if an earlier start on this hardware ran out of memory; the same for all ranks."""
         with together(self.accelerator):
             found = micro_batch.within_note(
@@ -346,8 +346,8 @@ class Run:
         return gathered(self.accelerator, found)[0]
 
     def with_less_memory(
-        self, state: State, engine: Engine, limit: Limit, checkpointing: bool, micro: Sequence[Sequence[int]], lengths: Sequence[int]
-    ) -> tuple[Limit, bool]:
+        self, state: State, engine: Engine, limit: Limit, checkpointing: float, micro: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> tuple[Limit, float]:
         """What to do a step again with that ran out of memory in one of these micro-batches; written down for later starts.
 
         Raises ValueError if nothing is left to try, or if others are waiting in the middle of the step: then the next start does it.
@@ -363,7 +363,9 @@ class Run:
                 self.accelerator.num_processes,
                 None if on_the_spot else self.status.attempt,
             )
-        now = f"at most {less.rows} rows or {less.tokens:,} tokens at once" + (", activations recomputed" if checkpointing else "")
+        now = f"at most {less.rows} rows or {less.tokens:,} tokens at once" + (
+            f", checkpointing {micro_batch.in_words(checkpointing)}" if checkpointing else ""
+        )
         if not on_the_spot:
             raise ValueError(
                 f"rank {self.accelerator.process_index} ran out of memory in step {step}; the same command goes on from the last "

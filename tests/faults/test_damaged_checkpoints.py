@@ -175,6 +175,7 @@ TREACHEROUS: list[list[tuple[Damage, str]]] = [
         (state(best=[1, 2]), "state.json: best is"),
         (state(evaluated=None), "state.json: evaluated is 'None'"),
         (state(micro_batch={"rows": 0, "tokens": 1, "checkpointing": False}), "state.json: micro_batch is"),
+        (state(micro_batch={"rows": 1, "tokens": 1, "checkpointing": 1.5}), "state.json: micro_batch is"),
         (state(micro_batch={"rows": 1, "tokens": 1, "checkpointing": False, "more": 1}), "state.json: micro_batch is"),
         (state(identity="mine"), "state.json: identity is 'mine'"),
     ],

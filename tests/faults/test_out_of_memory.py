@@ -23,7 +23,7 @@ from qlora_suite.batches import EMPTY, Limit
 from qlora_suite.dataset import Rows
 from qlora_suite.engine import Engine
 from qlora_suite.launched_runs import apart
-from qlora_suite.micro_batch import NOTE, is_out_of_memory, smaller, within_note
+from qlora_suite.micro_batch import NOTE, SHARES, is_out_of_memory, smaller, within_note, write_note
 from qlora_suite.recipe import Train
 
 TOLERANCE = 1e-5
@@ -115,7 +115,8 @@ def test_recomputing_comes_when_a_row_alone_is_too_much(recipe: Path, whole: Pat
     longest = max(Rows(recipe.parent / "prepared" / "train.arrow").lengths)
     done = trained(recipe, tmp_path, prelude=(poison.memory, longest - 1, 2))
     assert done.wait() == 2
-    assert events(tmp_path)[-1]["checkpointing"] is True
+    shares = [event["checkpointing"] for event in events(tmp_path)]
+    assert shares[shares.count(0) :] == list(SHARES[1:]), "in steps: no more layers than it takes"
     assert "error: a single row of up to" in done.output
     assert "adapter.rank" in done.output
     assert "Traceback" not in done.output
@@ -163,40 +164,51 @@ def test_of_two_processes_the_run_ends_and_goes_on_with_half(recipe: Path, whole
 
 LENGTHS = [400, 300, 200, 100]
 AUTO, FIXED = Train(rows_per_step=4), Train(rows_per_step=4, micro_batch=2, gradient_checkpointing=False)
+HALF = Train(rows_per_step=4, gradient_checkpointing=0.5)
 
 
 @pytest.mark.parametrize(
     ("limit", "micro", "expected"),
     [
-        (Limit(4, 1600), [[0, 1, 2, 3]], (Limit(2, 800), False)),
-        (Limit(4, 99_999), [[0, 1, 2, 3]], (Limit(2, 800), False)),  # half of what was tried, not of what was allowed
-        (Limit(4, 1000), [[0, 1], [2, 3]], (Limit(1, 400), False)),
-        (Limit(3, 1000), [[1, 2, 3], [EMPTY]], (Limit(1, 450), False)),
-        (Limit(1, 400), [[0], [1], [EMPTY]], (Limit(1, 400), True)),
+        (Limit(4, 1600), [[0, 1, 2, 3]], Limit(2, 800)),
+        (Limit(4, 99_999), [[0, 1, 2, 3]], Limit(2, 800)),  # half of what was tried, not of what was allowed
+        (Limit(4, 1000), [[0, 1], [2, 3]], Limit(1, 400)),
+        (Limit(3, 1000), [[1, 2, 3], [EMPTY]], Limit(1, 450)),
     ],
 )
-def test_half_of_what_was_tried(limit: Limit, micro: list[list[int]], expected: tuple[Limit, bool]) -> None:
-    assert smaller(limit, False, AUTO, micro, LENGTHS) == expected
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_half_of_what_was_tried(limit: Limit, micro: list[list[int]], expected: Limit, share: float) -> None:
+    assert smaller(limit, share, AUTO, micro, LENGTHS) == (expected, share)
 
 
-@pytest.mark.parametrize(("checkpointing", "train"), [(True, AUTO), (False, FIXED)])
-def test_nothing_is_left_to_try(checkpointing: bool, train: Train) -> None:
+@pytest.mark.parametrize(("share", "more"), [(0.0, 0.25), (0.25, 0.5), (0.3, 0.5), (0.75, 1.0)])
+def test_a_row_that_went_alone_has_more_layers_recomputed(share: float, more: float) -> None:
+    assert smaller(Limit(1, 400), share, AUTO, [[0], [1], [EMPTY]], LENGTHS) == (Limit(1, 400), more)
+
+
+@pytest.mark.parametrize(("share", "train"), [(1.0, AUTO), (0.0, FIXED), (0.5, HALF)])
+def test_nothing_is_left_to_try(share: float, train: Train) -> None:
     with pytest.raises(ValueError, match="a single row of up to 400 tokens"):
-        smaller(Limit(1, 400), checkpointing, train, [[0]], LENGTHS)
+        smaller(Limit(1, 400), share, train, [[0]], LENGTHS)
 
 
 def test_a_note_of_other_hardware_does_not_count_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     card, limit = {"device": "T4"}, Limit(8, 4096)
-    assert within_note(tmp_path, limit, False, card, 1) == (limit, False)
-    note = {"limit": {"rows": 2, "tokens": 512}, "checkpointing": True, "hardware": card, "processes": 1, "ended_attempt": None}
-    (tmp_path / NOTE).write_text(json.dumps(note))
-    assert within_note(tmp_path, limit, False, card, 1) == (Limit(2, 512), True)
-    assert within_note(tmp_path, limit, False, {"device": "A100"}, 1) == (limit, False)
-    assert within_note(tmp_path, limit, False, card, 2) == (limit, False)
-    for damaged in ("{", "[]", "{}", '{"limit": {"rows": "many", "tokens": 1}}', "null"):
+    assert within_note(tmp_path, limit, 0.25, card, 1) == (limit, 0.25)
+    write_note(tmp_path, Limit(2, 512), 0.5, card, 1, None)
+    assert within_note(tmp_path, limit, 0.0, card, 1) == (Limit(2, 512), 0.5)
+    assert within_note(tmp_path, limit, 0.75, card, 1) == (Limit(2, 512), 0.75)
+    assert within_note(tmp_path, limit, 0.0, {"device": "A100"}, 1) == (limit, 0.0)
+    assert within_note(tmp_path, limit, 0.0, card, 2) == (limit, 0.0)
+    note = json.loads((tmp_path / NOTE).read_text())
+    for before, share in ((True, 1.0), (False, 0.0)):  # as notes had it when it was all layers or none
+        (tmp_path / NOTE).write_text(json.dumps({**note, "checkpointing": before}))
+        assert within_note(tmp_path, limit, 0.0, card, 1) == (Limit(2, 512), share)
+    too_much = [json.dumps({**note, "checkpointing": value}) for value in (1.5, -1, "all", None)]
+    for damaged in ("{", "[]", "{}", '{"limit": {"rows": "many", "tokens": 1}}', "null", *too_much):
         (tmp_path / NOTE).write_text(damaged)
         with pytest.raises(ValueError, match=NOTE):
-            within_note(tmp_path, limit, False, card, 1)
+            within_note(tmp_path, limit, 0.0, card, 1)
 
 
 def test_the_words_of_every_allocator_are_known() -> None:
