@@ -4,7 +4,8 @@
 Only what a layer computes is compiled. Hooks around it (FSDP2's, the black box's), its name and its weights stay as they are, so that
 what is saved is the same. Evaluation and previews, whose shapes are many and steps few, run as before.
 
-The compiler also chooses what to keep for the backward pass, and computes pointwise results again: layers of a tiny Phi with LoRA dropout keep 38 % less.
+The compiler also chooses what to keep for the backward pass, and computes pointwise results again: layers of a tiny Phi with LoRA
+dropout keep 38 % less.
 """
 
 import functools
