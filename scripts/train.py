@@ -13,10 +13,12 @@ The same command again goes on where the run stopped. Everything it writes is be
     black_box/       what stood around a step that went wrong
 """
 
-from qlora_suite.command_line import read_arguments, read_recipe, recipe_parser_for, with_clear_errors
+from qlora_suite.command_line import parser_for, read_arguments, read_recipe, with_clear_errors
 
-if __name__ == "__main__":  # first of all: --help, or a mistake in the recipe, does not wait for what is imported below
-    parser = recipe_parser_for(__doc__)
+if __name__ == "__main__":  # before the imports below, which take seconds: --help, or a mistake in the recipe, does not wait for them
+    parser = parser_for(__doc__)
+    parser.add_argument("recipe", help="a recipe's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.learning_rate=1e-4")
     parser.add_argument("--verify-data", action="store_true", help="compare the whole prepared data with its hashes before the run starts")
     args = read_arguments(parser, read_recipe)
 

@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from qlora_suite.leaks import redacted, refuse_tokens
@@ -35,18 +36,10 @@ def read_recipe(args: argparse.Namespace) -> None:
     args.recipe = load(args.recipe, args.overrides)
 
 
-def check_recipe(args: argparse.Namespace) -> None:
-    """If `args.target` is no run's folder, it is a recipe: raises ValueError with every complaint about it and `args.overrides`."""
-    if args.target.is_file():
-        load(args.target, args.overrides)
-
-
-def recipe_parser_for(doc: str) -> argparse.ArgumentParser:
-    """A parser for a script that takes a recipe and overrides."""
-    parser = parser_for(doc)
-    parser.add_argument("recipe", help="a recipe's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.learning_rate=1e-4")
-    return parser
+def check_recipe(target: Path, overrides: list[str]) -> None:
+    """Raises ValueError with every complaint, if the target is a recipe (and no run's folder)."""
+    if target.is_file():
+        load(target, overrides)
 
 
 def parser_for(doc: str) -> argparse.ArgumentParser:
