@@ -38,7 +38,7 @@ def read_recipe(args: argparse.Namespace) -> None:
 
 def check_recipe(target: Path, overrides: list[str]) -> None:
     """Raises ValueError with every complaint, if the target is a recipe (and no run's folder)."""
-    if target.is_file():
+    if target.is_file() or (target.suffix in (".yaml", ".yml") and not target.exists()):
         load(target, overrides)
 
 
