@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ def read_arguments(parser: argparse.ArgumentParser, look: Callable[[argparse.Nam
     if look is not None:
         with _in_a_sentence(args.debug):
             look(args)
+    gc.disable()  # until the libraries are imported: they make a million objects, all of which stay
     return args
 
 
@@ -66,6 +68,9 @@ def with_clear_errors(run: Callable[[], None], debug: bool, interrupted: str = "
         if signal.getsignal(signal.SIGINT) is _end_before_it_begins:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         quiet_libraries()
+        if not gc.isenabled():
+            gc.freeze()  # neither a later collection nor the end of the process walks through what was imported
+            gc.enable()
         with _in_a_sentence(debug):
             with explain_lost_peers():
                 run()
