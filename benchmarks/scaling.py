@@ -11,6 +11,7 @@ bytes: the same formulas give what the embedded model's processes really send, t
 import argparse
 import math
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -306,6 +307,10 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, [*["---"] * left, *["---:"] * (len(head) - left)], *rows)] + [""]
 
 
+def paragraph(*lines: str) -> list[str]:
+    return textwrap.wrap(" ".join(lines), 140)
+
+
 def ms(seconds: float) -> str:
     return f"{1000 * seconds:,.0f}"
 
@@ -328,8 +333,10 @@ def flops_section(lora: int) -> list[str]:
     return [
         "## FLOPs of a token",
         "",
-        f"N = 12 x 2,560 x 2,560 x 32 = {block_weights(PHI2):,} weights of the layers. {KEYS:.0f} keys and {SUPERVISED:.0%} learnt are",
-        "estimates for packed OASST1 conversations.",
+        *paragraph(
+            f"N = 12 x 2,560 x 2,560 x 32 = {block_weights(PHI2):,} weights of the layers. {KEYS:.0f} keys and {SUPERVISED:.0%} learnt are",
+            "estimates for packed OASST1 conversations.",
+        ),
         "",
         *table(["term", "GFLOP"], rows),
     ]
@@ -339,33 +346,39 @@ def bytes_section(counts: dict[str, dict[str, Counted]]) -> list[str]:
     parts, tiny = parts_of(PHI2, load(RECIPE).adapter.rank, load(RECIPE).adapter.targets, plain=2), tiny_parts()
     trained = sum(p.all_bytes for p in parts if p.trained)
     rows = []
-    for engine, title in ENGINES.items():
+    for engine, title in {**ENGINES, NOT_LIVE: "ZeRO-3, nothing kept"}.items():
         for n in (1, 2):
-            found, paper = plain_counts(counts[engine][str(n)]), sent(engine, tiny, n)
-            real = ", ".join(f"{kind} {found.get(kind, 0):,}" for kind in paper)
-            phi2 = ", ".join(f"{kind} {number / 1e6:,.0f} MB" for kind, number in sent(engine, parts, n).items())
-            rest = ", ".join(f"{kind} {number - paper.get(kind, 0)}" for kind, number in found.items() if number != paper.get(kind, 0))
+            live = 0 if engine == NOT_LIVE else LIVE
+            found, paper = plain_counts(counts[engine][str(n)]), sent(engine.partition(",")[0], tiny, n, live)
+            formula = ", ".join(f"{kind} {number:,}" for kind, number in paper.items())
+            real = ", ".join(f"{kind} {number:,}" for kind, number in found.items())
+            phi2 = ", ".join(f"{kind} {number / 1e6:,.0f} MB" for kind, number in sent(engine.partition(",")[0], parts, n, live).items())
             calls = sum(calls for calls, _ in counts[engine][str(n)].values())
-            rows.append([title, str(n), real, rest or "none", str(calls), phi2])
+            rows.append([title, str(n), formula, real, str(calls), phi2])
     return [
         "## Bytes of a step",
         "",
-        "Of the whole tensors that a rank's collectives are about. **Counted:** two processes on a CPU over gloo, `assets/tiny_phi`",
-        "(NF4, rank 16), by a mode of torch's dispatcher that sees every collective, in the third step of a run. **Beside the formula:**",
-        "bytes that were sent and that the formula does not have: DDP sends the model's frozen buffers (tables of 4-bit codes, rotary",
-        "frequencies) once a step, ZeRO-2 a flag. Numbers of 8 bytes that the loop adds up over the ranks (loss, norm, requests to",
-        "stop; at most 4 calls, 56 bytes a step) are in the calls, not in the bytes.",
+        *paragraph(
+            "Of the whole tensors that a rank's collectives are about; of an all-reduce 2 (n-1)/n of them cross each link of a ring of n,",
+            "of an all-gather or a reduce-scatter (n-1)/n. **Counted:** two processes, CPU and gloo, `assets/tiny_phi` (NF4, rank 16),",
+            "by a mode of torch's dispatcher that sees every collective, in the third step of a run. What the formula does not have: DDP",
+            "sends the model's frozen buffers once a step (2,176 bytes here), ZeRO-2 a flag of 4 bytes. Numbers of 8 bytes that the loop",
+            "adds up over the ranks (loss, norm, requests to stop; at most 4 calls, 56 bytes a step) are in the calls, not in the bytes.",
+            "One process sends nothing.",
+        ),
         "",
         *table(
-            ["engine", "micro-batches a rank", "counted on the small model = formula", "beside the formula", "calls", "Phi-2, by formula"],
+            ["engine", "micro-batches a rank", "small model, by formula", "small model, counted", "calls", "Phi-2, by formula"],
             rows,
             left=4,
         ),
-        f"On Phi-2 the adapter's gradients are {trained:,} bytes: 4 x ({(trained // 4) - TOKEN_ROWS * 2560:,} of LoRA and {TOKEN_ROWS} x",
-        "2,560 of token rows). ZeRO-2 and ZeRO-3 send them at every micro-batch, DDP and FSDP2 once a step. FSDP2 gathers the whole base",
-        "in the forward pass, and layers and embedding again in the backward pass, at every micro-batch. ZeRO-3 keeps tensors of up to",
-        f"{PERSISTENT:,} elements gathered, and gathers the rest once a micro-batch if it has at most {LIVE:,} elements (the small model,",
-        "counted) and twice if it has more (Phi-2; by DeepSpeed's documentation, not counted here).",
+        *paragraph(
+            f"On Phi-2 the adapter's gradients are {trained:,} bytes: 4 x ({(trained // 4) - TOKEN_ROWS * 2560:,} of LoRA, {TOKEN_ROWS} x",
+            "2,560 of token rows). ZeRO-2 and ZeRO-3 send them at every micro-batch, DDP and FSDP2 once a step. FSDP2 gathers the whole",
+            "base in the forward pass, and layers and embedding again in the backward pass, at every micro-batch. ZeRO-3 keeps tensors of up to",
+            f"{PERSISTENT:,} elements gathered during a step, and gathers the rest once a micro-batch if it has at most {LIVE:,} elements",
+            'and twice if it has more, as Phi-2 has: "nothing kept" is the small model with that number set to 0.',
+        ),
         "",
     ]
 
@@ -395,7 +408,9 @@ def nodes_section() -> list[str]:
         "`recipes/phi2_oasst1.yaml` itself has 16 rows a step, which 16 GPUs can share; more GPUs want more rows a step.",
         "",
     ]
-    rows = [["one node, NVLink 4", "8", *(between(step_of(engine, "H200", "NVLink 4", GPUS)) for engine in ENGINES)]]
+    alone = ms(step_of("ddp", "H200", "NVLink 4", 1).compute)
+    rows = [["one GPU", "1", *[alone] * len(ENGINES)]]
+    rows += [["one node, NVLink 4", "8", *(between(step_of(engine, "H200", "NVLink 4", GPUS)) for engine in ENGINES)]]
     for link in BETWEEN:
         for nodes in NODES[1:]:
             steps = [between(step_of(engine, "H200", link, GPUS * nodes)) for engine in ENGINES]
@@ -410,19 +425,24 @@ def nodes_section() -> list[str]:
 def hours_section() -> list[str]:
     logged = jobs()[0].flops / (LOGGED_HOURS * 3600)
     rates = {f"at {logged / 1e12:.1f} TFLOP/s, what 000 had": logged, "at 25 TFLOP/s (assumed)": 25e12, "at 32.5 TFLOP/s (50 %)": 32.5e12}
+    petaflop = {job.name: job.flops / 1e15 for job in jobs()}
     rows = []
     for job in jobs():
-        tokens = f"{job.trained / 1e6:.2f} M + {job.evaluated / 1e6:.2f} M"
-        rows.append([f"`{job.name}`", job.how, tokens, f"{job.flops / 1e15:,.0f}", *(f"{job.hours(rate):.1f}" for rate in rates.values())])
+        tokens, hours = f"{job.trained / 1e6:.2f} M + {job.evaluated / 1e6:.2f} M", [job.hours(rate) for rate in rates.values()]
+        rows.append([f"`{job.name}`", job.how, tokens, f"{petaflop[job.name]:,.0f}", *(f"{each:.1f}" for each in hours)])
     return [
         "## Predicted: hours of each seed's job on a T4",
         "",
-        "FLOPs of forward and backward as above (no checkpointing; published: logits of every place; corrected: of what is learnt) divided",
-        f"by a rate. 000 logged {LOGGED_HOURS} h on a T4: its {jobs()[0].flops / 1e15:,.0f} PFLOP in that time are {logged / 1e12:.1f} TFLOP/s,"
-        f" {logged / 65e12:.0%} of",
-        "the data sheet's 65. 004 logged 2.07 h on a T4, without anything that is known of its versions. Tokens of a conversation are of",
-        "the embedded trees and tokenizer, whose 4,096 tokens make texts longer than Phi-2's do: upper bounds, but for the rows of 000",
-        "and 003 as published. 001 gives no number, so its conversations are scaled by trees (9,846 / 144): the least certain.",
+        *paragraph(
+            "FLOPs of forward and backward as above (no checkpointing; published: logits of every place; corrected: of what is learnt),",
+            f"divided by a rate. 000 logged {LOGGED_HOURS} h on a T4: its {petaflop['000_published']:,.0f} PFLOP in that time are",
+            f"{logged / 1e12:.1f} TFLOP/s, {logged / CARDS['T4'][0]:.0%} of the data sheet's. 004 logged 2.07 h on a T4, which is",
+            f"{petaflop['004_published'] / 2.07 / 3.6:.1f} TFLOP/s, and 003 0.67 h on an A100,",
+            f"{petaflop['003_published'] / 0.67 / 3.6:.0f} TFLOP/s. Tokens of a conversation are of the embedded trees and tokenizer,",
+            "whose 4,096 tokens make texts longer than Phi-2's do: upper bounds, but for the rows of 000 and 003 as published. 001 gives no",
+            "number, so its conversations are scaled by trees (9,846 / 144): the least certain. 001 and 004 train more tokens as corrected",
+            "than as published, for every reply is there, whole; 003 has the same steps, of fuller rows.",
+        ),
         "",
         *table(["recipe", "arithmetic", "trained + evaluated", "PFLOP", *rates], rows, left=2),
     ]
@@ -477,11 +497,22 @@ def page(counts: dict[str, dict[str, Counted]]) -> str:
 # ---- counting -------------------------------------------------------------------------------------------------------------------
 
 
+def overrides_of(folder: Path) -> list[str]:
+    """Of recipes/quickstart.yaml: three short steps of four rows."""
+    short = ["data.max_length=128", "data.max_examples=60", "previews.prompts=[]", "train.max_steps=3", "train.rows_per_step=4"]
+    return [
+        f"model.base={ROOT / 'assets' / 'tiny_phi'}",
+        f"data.prepared={folder / 'prepared'}",
+        *short,
+        "evaluation.every_steps=null",
+        "checkpoints.every_minutes=null",
+    ]
+
+
 def counted(folder: Path) -> dict[str, dict[str, Counted]]:
     """Of each engine on two processes, and of one process: what a step with one and with two micro-batches a rank sends."""
-    overrides = [f"data.prepared={folder / 'prepared'}", "data.max_length=128", "data.max_examples=60", "previews.prompts=[]"]
-    overrides += ["train.max_steps=3", "train.rows_per_step=4", "evaluation.every_steps=null", "checkpoints.every_minutes=null"]
-    recipe = load(ROOT / "recipes" / "quickstart.yaml", [*overrides, f"model.base={ROOT / 'assets' / 'tiny_phi'}"])
+    overrides = overrides_of(folder)
+    recipe = load(ROOT / "recipes" / "quickstart.yaml", overrides)
     with selected(recipe) as selection:
         prepare(recipe, selection)
     found: dict[str, dict[str, Counted]] = {}
