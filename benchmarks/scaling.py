@@ -8,7 +8,6 @@ Nothing here was measured on a GPU: every time is a prediction, to be read as "a
 bytes: the same formulas give what the embedded model's processes really send, to the byte (tests/test_scaling.py).
 """
 
-import argparse
 import math
 import tempfile
 import textwrap
@@ -19,6 +18,7 @@ from collectives import Counted, count
 from matplotlib.figure import Figure
 from transformers import AutoConfig, PhiConfig, PreTrainedConfig
 
+from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.files import read_json, write_json, write_text
 from qlora_suite.launched_runs import CONFIGS, ROOT
 from qlora_suite.preparation import prepare
@@ -375,9 +375,9 @@ def bytes_section(counts: dict[str, dict[str, Counted]]) -> list[str]:
         *paragraph(
             f"On Phi-2 the adapter's gradients are {trained:,} bytes: 4 x ({(trained // 4) - TOKEN_ROWS * 2560:,} of LoRA, {TOKEN_ROWS} x",
             "2,560 of token rows). ZeRO-2 and ZeRO-3 send them at every micro-batch, DDP and FSDP2 once a step. FSDP2 gathers the whole",
-            "base in the forward pass, and layers and embedding again in the backward pass, at every micro-batch. ZeRO-3 keeps tensors of up to",
-            f"{PERSISTENT:,} elements gathered during a step, and gathers the rest once a micro-batch if it has at most {LIVE:,} elements",
-            'and twice if it has more, as Phi-2 has: "nothing kept" is the small model with that number set to 0.',
+            "base in the forward pass, and layers and embedding again in the backward pass, at every micro-batch. ZeRO-3 keeps tensors",
+            f"of up to {PERSISTENT:,} elements gathered during a step, and gathers the rest once a micro-batch if it has at most {LIVE:,}",
+            'elements and twice if it has more, as Phi-2 has: "nothing kept" is the small model with that number set to 0.',
         ),
         "",
     ]
@@ -439,9 +439,9 @@ def hours_section() -> list[str]:
             f"{logged / 1e12:.1f} TFLOP/s, {logged / CARDS['T4'][0]:.0%} of the data sheet's. 004 logged 2.07 h on a T4, which is",
             f"{petaflop['004_published'] / 2.07 / 3.6:.1f} TFLOP/s, and 003 0.67 h on an A100,",
             f"{petaflop['003_published'] / 0.67 / 3.6:.0f} TFLOP/s. Tokens of a conversation are of the embedded trees and tokenizer,",
-            "whose 4,096 tokens make texts longer than Phi-2's do: upper bounds, but for the rows of 000 and 003 as published. 001 gives no",
-            "number, so its conversations are scaled by trees (9,846 / 144): the least certain. 001 and 004 train more tokens as corrected",
-            "than as published, for every reply is there, whole; 003 has the same steps, of fuller rows.",
+            "whose 4,096 tokens make texts longer than Phi-2's do: upper bounds, but for the rows of 000 and 003 as published. 001 gives",
+            "no number, so its conversations are scaled by trees (9,846 / 144): the least certain. 001 and 004 train more tokens as",
+            "corrected than as published, for every reply is there, whole; 003 has the same steps, of fuller rows.",
         ),
         "",
         *table(["recipe", "arithmetic", "trained + evaluated", "PFLOP", *rates], rows, left=2),
@@ -531,11 +531,8 @@ def counted(folder: Path) -> dict[str, dict[str, Counted]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", action="store_true", help="count the bytes again, in real processes")
-    args = parser.parse_args()
-    if args.count:
+def main(counting: bool) -> None:
+    if counting:
         with tempfile.TemporaryDirectory() as folder:
             write_json(COUNTS, counted(Path(folder)))
     plot().savefig(PLOT, metadata={"Date": None})
@@ -544,4 +541,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = parser_for(__doc__)
+    parser.add_argument("--count", action="store_true", help="count the bytes again, in real processes")
+    args = parser.parse_args()
+    with_clear_errors(lambda: main(args.count), debug=args.debug)
