@@ -308,7 +308,7 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
 
 
 def paragraph(*lines: str) -> list[str]:
-    return textwrap.wrap(" ".join(lines), 140)
+    return textwrap.wrap(" ".join(lines), 140, break_on_hyphens=False)
 
 
 def ms(seconds: float) -> str:
