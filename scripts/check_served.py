@@ -13,15 +13,25 @@ differs; the answers do not stop; or other weights. Exit code 0 for the first tw
 A key is read from OPENAI_API_KEY alone.
 """
 
+from pathlib import Path
+
+from qlora_suite.command_line import parser_for, read_arguments, with_clear_errors
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = parser_for(__doc__)
+    parser.add_argument("run", type=Path, help="a finished run's folder")
+    parser.add_argument("--url", required=True, help="of the API, as in http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", help="the model's name there, if it serves several")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for one answer (%(default)g)")
+    args = read_arguments(parser)
+
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.progress import track
 
 from qlora_suite.assistant import Assistant, load
-from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.conversations import Turn
 from qlora_suite.engine import autocast
 from qlora_suite.files import read_json
@@ -120,10 +130,4 @@ def verdict(target: Path, url: str, name: str | None, timeout: float) -> None:
 
 
 if __name__ == "__main__":
-    parser = parser_for(__doc__)
-    parser.add_argument("run", type=Path, help="a finished run's folder")
-    parser.add_argument("--url", required=True, help="of the API, as in http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", help="the model's name there, if it serves several")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for one answer (%(default)g)")
-    args = parser.parse_args()
     with_clear_errors(partial(verdict, args.run, args.url, args.model, args.timeout), debug=args.debug)

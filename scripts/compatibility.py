@@ -9,6 +9,23 @@ refused if the suite says so before anything is loaded. Anything else is a fault
 benchmarks/compatibility.md and compatibility.json, with date and versions.
 """
 
+from argparse import Namespace
+from pathlib import Path
+
+from qlora_suite.accelerate_config import CONFIGS
+from qlora_suite.command_line import parser_for, read_arguments, with_clear_errors
+
+ROOT = Path(__file__).resolve().parents[1]
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = parser_for(__doc__)
+    engines = [engine for engine in CONFIGS if engine != "one"]
+    parser.add_argument("--engines", nargs="+", choices=engines, default=engines)
+    parser.add_argument("--folder", type=Path, default=Path("runs/compatibility"), help="where the runs go")
+    parser.add_argument("--report", type=Path, default=ROOT / "benchmarks" / "compatibility")
+    parser.add_argument("--judge-again", action="store_true", help="the runs that are there, without running anything")
+    args = read_arguments(parser)
+
 import datetime
 import importlib.metadata
 import itertools
@@ -17,15 +34,13 @@ import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.files import read_json, write_json, write_text
-from qlora_suite.launched_runs import CONFIGS, FAILED, ROOT, Case, difference, launch
+from qlora_suite.launched_runs import FAILED, Case, difference, launch
 from qlora_suite.model import versions as versions_imported
 from qlora_suite.preparation import prepare
 from qlora_suite.recipe_file import load
@@ -181,14 +196,7 @@ def write_report(engines: list[str], folder: Path, report: Path) -> bool:
     return not faults
 
 
-def main() -> None:
-    parser = parser_for(__doc__)
-    engines = [engine for engine in CONFIGS if engine != "one"]
-    parser.add_argument("--engines", nargs="+", choices=engines, default=engines)
-    parser.add_argument("--folder", type=Path, default=Path("runs/compatibility"), help="where the runs go")
-    parser.add_argument("--report", type=Path, default=ROOT / "benchmarks" / "compatibility")
-    parser.add_argument("--judge-again", action="store_true", help="the runs that are there, without running anything")
-    args = parser.parse_args()
+def main(args: Namespace) -> None:
     folder = args.folder.resolve()
     if not args.judge_again:
         run(args.engines, folder)
@@ -197,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with_clear_errors(main, debug="--debug" in sys.argv)
+    with_clear_errors(lambda: main(args), debug=args.debug)

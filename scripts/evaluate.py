@@ -20,6 +20,60 @@ from, so that nothing is computed twice.
 """
 
 import argparse
+from pathlib import Path
+
+from qlora_suite.command_line import check_recipe, parser_for, read_arguments, with_clear_errors
+from qlora_suite.recipe import Chat, Model
+
+NUM_ANSWERS = 6
+"""Held-out questions that are answered for reading."""
+ANSWER_TOKENS = 160
+"""Room for 100 words of English."""
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for a mistake in the recipe and for options that cannot take effect."""
+    if args.compare:
+        given = {name: value for name, value in vars(args).items() if value not in (None, [])}
+        if others := [name for name in given if name not in ("compare", "output", "debug")]:
+            named = ", ".join("--" + name.replace("_", "-") if name != "target" else str(args.target) for name in others)
+            raise ValueError(f"--compare reads reports that are there, so {named} has no effect with it")
+        return
+    if args.target is None:
+        raise ValueError("give a recipe's YAML file or a run's folder, or --compare RUN RUN ...")
+    if args.output:
+        raise ValueError("--output says where --compare writes; a report goes to the run's folder or the recipe's output.dir")
+    if (args.answers or 0) < 0 or (args.answer_tokens is not None and args.answer_tokens < 1):
+        raise ValueError("--answers takes 0 or more, --answer-tokens 1 or more")
+    if args.answers == 0 and args.answer_tokens:
+        raise ValueError("--answers 0 makes no answers, so --answer-tokens has no effect")
+    if not args.lm_eval and (args.lm_eval_tasks_folder or args.lm_eval_limit is not None):
+        raise ValueError("--lm-eval-tasks-folder and --lm-eval-limit have no effect without --lm-eval TASK,TASK")
+    if args.lm_eval_limit is not None and args.lm_eval_limit < 1:
+        raise ValueError("--lm-eval-limit takes 1 or more")
+    check_recipe(args.target, args.overrides)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = parser_for(__doc__)
+    made.add_argument("target", type=Path, nargs="?", help="a recipe's YAML file or a run's folder")
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    made.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id[@revision]) to put on the recipe's base")
+    made.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
+    made.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
+    made.add_argument("--answers", type=int, metavar="N", help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})")
+    made.add_argument("--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})")
+    made.add_argument("--lm-eval", metavar="TASK,TASK", help="benchmarks of the lm-evaluation-harness, for base and adapter")
+    made.add_argument("--lm-eval-tasks-folder", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
+    made.add_argument("--lm-eval-limit", type=int, metavar="N", help="examples of each task (all)")
+    made.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs to put side by side")
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="where --compare writes (the folder that the runs have in common)")
+    return made
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = read_arguments(parser(), check)
+
 import contextlib
 import os
 import signal
@@ -27,7 +81,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +93,6 @@ from qlora_suite.adapter import adapter_commit, adapter_folder, load_adapter
 from qlora_suite.assistant import load as load_assistant
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
-from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.compare_page import compare_page
 from qlora_suite.compared_runs import comparison_of, notes
 from qlora_suite.compared_runs import markdown as markdown_of_runs
@@ -57,7 +109,6 @@ from qlora_suite.model import base_fingerprint, hub_commit, load_base, load_conf
 from qlora_suite.preparation import tokenizer_hash
 from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
-from qlora_suite.recipe import Chat, Model
 from qlora_suite.report import benchmark_lines, cut_line, headline, left_out_lines, markdown, result_table
 from qlora_suite.report_page import journals_of, report_page
 from qlora_suite.run_facts import hardware
@@ -69,10 +120,6 @@ from qlora_suite.watchdog import exit_at_once_on_errors
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 LOGIT_BYTES = {"cpu": 2 * 2**30, "cuda": 8 * 2**30}
 """For the logits of all places in fp32, three times: as they are, as log-probabilities, and something in between."""
-NUM_ANSWERS = 6
-"""Held-out questions that are answered for reading."""
-ANSWER_TOKENS = 160
-"""Room for 100 words of English."""
 
 
 def run(
@@ -395,51 +442,17 @@ def end_at_once(*_: object) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """What the command line asks for. Raises ValueError for options that cannot take effect."""
+    """What the command line asks for."""
     if args.compare:
-        given = {name: value for name, value in vars(args).items() if value not in (None, [])}
-        if others := [name for name in given if name not in ("compare", "output", "debug")]:
-            named = ", ".join("--" + name.replace("_", "-") if name != "target" else str(args.target) for name in others)
-            raise ValueError(f"--compare reads reports that are there, so {named} has no effect with it")
         compare_runs(args.compare, args.output)
         return
-    if args.target is None:
-        raise ValueError("give a recipe's YAML file or a run's folder, or --compare RUN RUN ...")
-    if args.output:
-        raise ValueError("--output says where --compare writes; a report goes to the run's folder or the recipe's output.dir")
     count, longest = (NUM_ANSWERS if args.answers is None else args.answers), args.answer_tokens or ANSWER_TOKENS
-    if count < 0 or longest < 1 or args.answer_tokens == 0:
-        raise ValueError("--answers takes 0 or more, --answer-tokens 1 or more")
-    if args.answers == 0 and args.answer_tokens:
-        raise ValueError("--answers 0 makes no answers, so --answer-tokens has no effect")
-    if not args.lm_eval and (args.lm_eval_tasks_folder or args.lm_eval_limit is not None):
-        raise ValueError("--lm-eval-tasks-folder and --lm-eval-limit have no effect without --lm-eval TASK,TASK")
-    if args.lm_eval_limit is not None and args.lm_eval_limit < 1:
-        raise ValueError("--lm-eval-limit takes 1 or more")
     tasks = tuple(filter(None, (args.lm_eval or "").split(",")))
     wanted = Benchmarks(tasks, args.lm_eval_tasks_folder, args.lm_eval_limit) if tasks else None
     run(args.target, args.overrides, args.adapter, args.model, args.format, num_answers=count, answer_tokens=longest, benchmarks=wanted)
 
 
-def parser() -> argparse.ArgumentParser:
-    made = parser_for(__doc__)
-    made.add_argument("target", type=Path, nargs="?", help="a recipe's YAML file or a run's folder")
-    made.add_argument("overrides", nargs="*", metavar="key=value")
-    made.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id[@revision]) to put on the recipe's base")
-    made.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
-    made.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
-    made.add_argument("--answers", type=int, metavar="N", help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})")
-    made.add_argument("--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})")
-    made.add_argument("--lm-eval", metavar="TASK,TASK", help="benchmarks of the lm-evaluation-harness, for base and adapter")
-    made.add_argument("--lm-eval-tasks-folder", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
-    made.add_argument("--lm-eval-limit", type=int, metavar="N", help="examples of each task (all)")
-    made.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs to put side by side")
-    made.add_argument("--output", type=Path, metavar="FOLDER", help="where --compare writes (the folder that the runs have in common)")
-    return made
-
-
 if __name__ == "__main__":
-    args = parser().parse_intermixed_args()
     signal.signal(signal.SIGTERM, end_at_once)
     with exit_at_once_on_errors():
         with_clear_errors(lambda: main(args), debug=args.debug)

@@ -14,36 +14,80 @@ whatever is asked beside it. --jsonl writes a record for each answer; the same c
 """
 
 import re
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from qlora_suite.command_line import check_recipe, parser_for, read_arguments, with_clear_errors
+from qlora_suite.recipe import Chat, Recipe
+
+BATCH = 8
+
+
+def told_apart(words: list[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the recipe, which begin as one of its keys does, and prompts."""
+    sections = "|".join(Recipe.model_fields)
+    overrides = [word for word in words if re.match(rf"({sections})\.[a-z_.]+=", word)]
+    return overrides, [word for word in words if word not in overrides]
+
+
+def check(args: Namespace) -> None:
+    if args.stream and args.jsonl:
+        raise ValueError("--stream shows answers as they come, --jsonl writes them; give one of the two")
+    if args.stream and args.batch_size is not None:
+        raise ValueError("--stream makes one answer after the other, so --batch-size has no effect; leave one of them out")
+    for name in ("batch_size", "max_new_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, not {value}")
+    check_recipe(args.target, told_apart(args.words)[0])
+
+
+def arguments() -> ArgumentParser:
+    parser = parser_for(__doc__)
+    parser.add_argument("target", type=Path, help="a run's folder or a recipe's YAML file")
+    parser.add_argument("words", nargs="*", metavar="prompt", help="what to ask; words like data.max_length=512 override the recipe")
+    parser.add_argument("--file", type=Path, metavar="PROMPTS", help="a prompt a line, or .jsonl")
+    parser.add_argument("--base", action="store_true", help="take the run's adapter off and ask its base")
+    parser.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id[@revision]) to put on the recipe's base")
+    parser.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) instead of the recipe's base")
+    parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt, where the format has a place for one")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="draw the answers instead of taking the likeliest token each time")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold this share (default: all)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    parser.add_argument("--seed", type=int, metavar="S", help="of what is drawn (default: 0)")
+    parser.add_argument("--stream", action="store_true", help="show each answer while it is made, one prompt at a time")
+    parser.add_argument("--batch-size", type=int, metavar="N", help=f"prompts answered together (default: {BATCH})")
+    parser.add_argument("--jsonl", type=Path, metavar="OUT", help="write a record an answer; an unfinished file is gone on with")
+    return parser
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = read_arguments(arguments(), check)
+
 import signal
 import sys
 import time
-from argparse import ArgumentParser, Namespace
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from qlora_suite.answer_file import AnswerFile
 from qlora_suite.assistant import Assistant, headline_of, load
-from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.engine import autocast
 from qlora_suite.engine import start as start_engine
 from qlora_suite.generation import Answer, answer_of, decode
 from qlora_suite.prompts import Prompt, Row, prompts_of, room_for, rows_in, rows_of
-from qlora_suite.recipe import Chat, Recipe
 from qlora_suite.sampling import Draw, Sampling
 from qlora_suite.streaming import Limits, in_words, stream
 from qlora_suite.subject import subject_of
 from qlora_suite.terminal_text import printable
 from qlora_suite.tracking import StepBar, console, say
 
-BATCH = 8
-
 
 def run(args: Namespace) -> None:
-    check(args)
     sampling = sampling_of(args)
     overrides, words = told_apart(args.words)
     rows = asked(args, words)
@@ -147,13 +191,6 @@ def asked(args: Namespace, words: list[str]) -> list[Row]:
     return rows
 
 
-def told_apart(words: list[str]) -> tuple[list[str], list[str]]:
-    """Overrides of the recipe, which begin as one of its keys does, and prompts."""
-    sections = "|".join(Recipe.model_fields)
-    overrides = [word for word in words if re.match(rf"({sections})\.[a-z_.]+=", word)]
-    return overrides, [word for word in words if word not in overrides]
-
-
 def sampling_of(args: Namespace) -> Sampling | None:
     """None: greedy. Raises ValueError for options that cannot take effect."""
     if args.temperature is None:
@@ -163,37 +200,5 @@ def sampling_of(args: Namespace) -> Sampling | None:
     return Sampling(args.temperature, 1.0 if args.top_p is None else args.top_p, args.top_k, args.seed or 0)
 
 
-def check(args: Namespace) -> None:
-    if args.stream and args.jsonl:
-        raise ValueError("--stream shows answers as they come, --jsonl writes them; give one of the two")
-    if args.stream and args.batch_size is not None:
-        raise ValueError("--stream makes one answer after the other, so --batch-size has no effect; leave one of them out")
-    for name in ("batch_size", "max_new_tokens"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, not {value}")
-
-
-def arguments() -> ArgumentParser:
-    parser = parser_for(__doc__)
-    parser.add_argument("target", type=Path, help="a run's folder or a recipe's YAML file")
-    parser.add_argument("words", nargs="*", metavar="prompt", help="what to ask; words like data.max_length=512 override the recipe")
-    parser.add_argument("--file", type=Path, metavar="PROMPTS", help="a prompt a line, or .jsonl")
-    parser.add_argument("--base", action="store_true", help="take the run's adapter off and ask its base")
-    parser.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id[@revision]) to put on the recipe's base")
-    parser.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) instead of the recipe's base")
-    parser.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt, where the format has a place for one")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="draw the answers instead of taking the likeliest token each time")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold this share (default: all)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
-    parser.add_argument("--seed", type=int, metavar="S", help="of what is drawn (default: 0)")
-    parser.add_argument("--stream", action="store_true", help="show each answer while it is made, one prompt at a time")
-    parser.add_argument("--batch-size", type=int, metavar="N", help=f"prompts answered together (default: {BATCH})")
-    parser.add_argument("--jsonl", type=Path, metavar="OUT", help="write a record an answer; an unfinished file is gone on with")
-    return parser
-
-
 if __name__ == "__main__":
-    args = arguments().parse_intermixed_args()
     with_clear_errors(lambda: run(args), debug=args.debug)

@@ -11,12 +11,19 @@ rotary positions, biases, an output layer of its own) at a size that a laptop's 
 
 from pathlib import Path
 
+from qlora_suite.command_line import parser_for, read_arguments, read_recipe, with_clear_errors
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = parser_for(__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = read_arguments(parser, read_recipe)
+
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
-from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.recipe import Recipe
-from qlora_suite.recipe_file import load
 from qlora_suite.selection import selected
 from qlora_suite.tracking import say
 
@@ -53,9 +60,4 @@ def run(recipe: Recipe, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = parser_for(__doc__)
-    parser.add_argument("recipe")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
-    with_clear_errors(lambda: run(load(args.recipe, args.overrides), args.folder), debug=args.debug)
+    with_clear_errors(lambda: run(args.recipe, args.folder), debug=args.debug)

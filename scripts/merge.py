@@ -13,11 +13,26 @@ The folder is complete: weights, config, tokenizer with the chat template, gener
 Modelfile, and merge.json, which says what was made from what and how far it is from the live model. Runs on the CPU.
 """
 
+from pathlib import Path
+
+from qlora_suite.command_line import parser_for, read_arguments, with_clear_errors
+
+WAYS = ("16bit", "dequantised")
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = parser_for(__doc__)
+    parser.add_argument("run", type=Path, help="a finished run's folder")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the merged model goes (the run's folder/merged)")
+    parser.add_argument("--into", choices=WAYS, help="merge in this way alone")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the merged weights (the run's, if it has 16 bits)")
+    parser.add_argument("--tokens", type=int, default=4096, help="measure on so many tokens (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
+    args = read_arguments(parser)
+
 import shutil
 import signal
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +41,6 @@ from rich.progress import track
 from rich.table import Table
 
 from qlora_suite.assistant import Assistant, load
-from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.evaluation import release_memory
 from qlora_suite.files import file_table, folder_made_aside, read_json, sha256, write_json, write_text
 from qlora_suite.hub_folder import MERGED, MERGED_VERSION
@@ -39,8 +53,6 @@ from qlora_suite.run_facts import hardware
 from qlora_suite.serving import QUANTIZED, Served, check_commands, commands, why_merged_only
 from qlora_suite.subject import subject_of, unquantised_base
 from qlora_suite.tracking import console, say
-
-WAYS = ("16bit", "dequantised")
 
 
 def run(target: Path, output: Path | None, into: str | None, dtype: str | None, tokens: int, device: str) -> None:
@@ -232,14 +244,6 @@ def end_at_once(number: int, _: object) -> None:
 
 
 if __name__ == "__main__":
-    parser = parser_for(__doc__)
-    parser.add_argument("run", type=Path, help="a finished run's folder")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the merged model goes (the run's folder/merged)")
-    parser.add_argument("--into", choices=WAYS, help="merge in this way alone")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the merged weights (the run's, if it has 16 bits)")
-    parser.add_argument("--tokens", type=int, default=4096, help="measure on so many tokens (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
-    args = parser.parse_args()
     signal.signal(signal.SIGTERM, end_at_once)
     signal.signal(signal.SIGINT, end_at_once)
     work = partial(run, args.run, args.output, args.into, args.dtype, args.tokens, args.device)

@@ -14,24 +14,39 @@ mistake in the recipe or the arguments.
 """
 
 import os
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # as compute nodes are: what is missing is said, not fetched. The hub's client reads it once
 
+from qlora_suite import cards
+from qlora_suite.command_line import parser_for, read_arguments, read_recipe, with_clear_errors
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = parser_for(__doc__)
+    parser.add_argument("recipe", help="a recipe's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.max_length=1024")
+    parser.add_argument("--config", type=Path, required=True, help="the accelerate config, e.g. accelerate_configs/single_t4.yaml")
+    parser.add_argument("--card", help=f"the GPU that it will run on: {', '.join(cards.KNOWN)}, or its memory: 24GiB")
+    parser.add_argument("--processes", type=int, help="processes over all machines, one a GPU (what the config says)")
+    parser.add_argument("--time", help="time limit of a job, as sbatch takes it: 4:00:00 (inside a job: what is left)")
+    parser.add_argument("--rate", type=Path, metavar="RUN", help="take the tokens a second from this run's metrics.jsonl")
+    parser.add_argument("--measure", action="store_true", help="load the base and make the longest step here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="everything on the page, and more digits")
+    args = read_arguments(parser, read_recipe)
+
+import sys
+from dataclasses import asdict
+
 import torch
 
-from qlora_suite import accelerate_config, cards, compatibility, dataset, measured_step, memory_estimate, module_table
+from qlora_suite import accelerate_config, compatibility, dataset, measured_step, memory_estimate, module_table
 from qlora_suite import preflight_checks as checks
 from qlora_suite.batches import Order
-from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.files import write_json
 from qlora_suite.model import load_config
 from qlora_suite.preflight_checks import Finding, caught, refused
 from qlora_suite.preflight_page import page_console, show, show_findings
 from qlora_suite.recipe import Recipe
-from qlora_suite.recipe_file import load
 
 
 def preflight(
@@ -133,21 +148,9 @@ def preflight(
 
 
 if __name__ == "__main__":
-    parser = parser_for(__doc__)
-    parser.add_argument("recipe", help="a recipe's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.max_length=1024")
-    parser.add_argument("--config", type=Path, required=True, help="the accelerate config, e.g. accelerate_configs/single_t4.yaml")
-    parser.add_argument("--card", help=f"the GPU that it will run on: {', '.join(cards.KNOWN)}, or its memory: 24GiB")
-    parser.add_argument("--processes", type=int, help="processes over all machines, one a GPU (what the config says)")
-    parser.add_argument("--time", help="time limit of a job, as sbatch takes it: 4:00:00 (inside a job: what is left)")
-    parser.add_argument("--rate", type=Path, metavar="RUN", help="take the tokens a second from this run's metrics.jsonl")
-    parser.add_argument("--measure", action="store_true", help="load the base and make the longest step here")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="everything on the page, and more digits")
-    args = parser.parse_intermixed_args()
 
     def run() -> None:
-        recipe = load(args.recipe, args.overrides)
-        if not preflight(recipe, args.config, args.card, args.processes, args.time, args.rate, args.measure, args.json):
+        if not preflight(args.recipe, args.config, args.card, args.processes, args.time, args.rate, args.measure, args.json):
             sys.exit(1)
 
     with_clear_errors(run, debug=args.debug)

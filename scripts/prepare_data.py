@@ -11,9 +11,40 @@ manifest.json. Rows that cannot be used are left out, counted and named; --stric
 """
 
 import os
+from argparse import Namespace
+from pathlib import Path
+
+from qlora_suite.command_line import parser_for, read_arguments, with_clear_errors
+from qlora_suite.recipe_file import load
+
+
+def look(args: Namespace) -> None:
+    """`args.recipe`, a path, becomes the recipe; --inspect does without one."""
+    if args.num_workers < 1:
+        raise ValueError(f"--num-workers is {args.num_workers}; give 1 or more")
+    if args.inspect is not None and (args.recipe is None or ("=" in args.recipe and not Path(args.recipe).is_file())):
+        args.overrides = [*filter(None, [args.recipe]), *args.overrides]
+        args.recipe = Path(__file__).parents[1] / "recipes" / "my_chat_data.yaml"
+    if args.recipe is None:
+        raise ValueError("give a recipe, or --inspect FILE")
+    args.recipe = load(args.recipe, args.overrides)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = parser_for(__doc__)
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--inspect", metavar="FILE", help="show what is in a file, folder or hub data set, and prepare nothing")
+    parser.add_argument("--ids", metavar="FILE", help="write one line per example: key, tab, message ids")
+    parser.add_argument("--export-jsonl", metavar="FILE", help="write readable conversations")
+    parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used, instead of leaving it out")
+    parser.add_argument(
+        "--num-workers", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="processes that tokenise (all cores)"
+    )
+    args = read_arguments(parser, look)
+
 import signal
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,13 +53,11 @@ from rich.text import Text
 
 from qlora_suite import dataset
 from qlora_suite.chat import Renderer
-from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.files import errors_name
 from qlora_suite.funnel import LABELS, reading_rows, split_rows
 from qlora_suite.inspection import LENGTHS, inspect, quantiles
 from qlora_suite.preparation import check_replaceable, prepare
 from qlora_suite.recipe import Recipe
-from qlora_suite.recipe_file import load
 from qlora_suite.rendered import Rendered
 from qlora_suite.selection import SPLITS, Selection, selected, write_ids, write_messages
 from qlora_suite.tracking import console, say
@@ -185,30 +214,12 @@ def progress(items: Iterable[Any], description: str, total: int | None) -> Itera
 
 
 if __name__ == "__main__":
-    parser = parser_for(__doc__)
-    parser.add_argument("recipe", nargs="?")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--inspect", metavar="FILE", help="show what is in a file, folder or hub data set, and prepare nothing")
-    parser.add_argument("--ids", metavar="FILE", help="write one line per example: key, tab, message ids")
-    parser.add_argument("--export-jsonl", metavar="FILE", help="write readable conversations")
-    parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used, instead of leaving it out")
-    parser.add_argument(
-        "--num-workers", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="processes that tokenise (all cores)"
-    )
-    args = parser.parse_intermixed_args()
-    if args.num_workers < 1:
-        parser.error(f"--num-workers is {args.num_workers}; give 1 or more")
 
     def main() -> None:
         if args.inspect is not None:
-            if args.recipe is None or ("=" in args.recipe and not Path(args.recipe).is_file()):
-                args.overrides = [*filter(None, [args.recipe]), *args.overrides]
-                args.recipe = Path(__file__).parents[1] / "recipes" / "my_chat_data.yaml"
-            show_inspection(load(args.recipe, args.overrides), args.inspect)
-            return
-        if args.recipe is None:
-            raise ValueError("give a recipe, or --inspect FILE")
-        run(load(args.recipe, args.overrides), args.ids, args.export_jsonl, args.strict, args.num_workers)
+            show_inspection(args.recipe, args.inspect)
+        else:
+            run(args.recipe, args.ids, args.export_jsonl, args.strict, args.num_workers)
 
     signal.signal(signal.SIGTERM, end_at_once)
     with_clear_errors(main, debug=args.debug, interrupted="what was prepared before is untouched, the same command starts anew")

@@ -17,15 +17,43 @@ The token comes from HF_TOKEN or from `hf auth login`, never from the command li
 otherwise. Everything goes in one commit: after a broken connection the same command starts over.
 """
 
+from argparse import ArgumentParser
 from pathlib import Path
+
+from qlora_suite.command_line import parser_for, read_arguments, with_clear_errors
+
+HARDWARE = ("cpu", "gpu", "zerogpu")
+
+
+def arguments() -> ArgumentParser:
+    parser = parser_for(__doc__)
+    parser.add_argument("run", type=Path, help="a finished run's folder")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where on the hub")
+    parser.add_argument("--merged", action="store_true", help="the merged model (runs/NAME/merged) instead of the adapter")
+    parser.add_argument("--public", action="store_true", help="everybody may read it (otherwise it is private)")
+    parser.add_argument("--dry-run", action="store_true", help="build and show everything, send nothing")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the folder is built (otherwise runs/NAME/hub)")
+    parser.add_argument("--base-id", metavar="OWNER/NAME", help="the base on the hub, if it was loaded from a folder that does not tell")
+    parser.add_argument("--base-revision", metavar="COMMIT", help="its revision")
+    parser.add_argument("--license", metavar="ID", help="as the hub spells it, e.g. mit (otherwise the base's, if its card is at hand)")
+    parser.add_argument(
+        "--dataset", action="append", default=[], metavar="OWNER/NAME", help="hub id of data that came from files; repeatable"
+    )
+    parser.add_argument("--no-reports", action="store_true", help="leave the report's files out: they quote the validation split")
+    parser.add_argument("--space", action="store_true", help="also a chat page, as a Gradio Space")
+    parser.add_argument("--space-hardware", choices=HARDWARE, help="what the Space runs on (cpu)")
+    return parser
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = read_arguments(arguments())
 
 from rich.table import Table
 
 from qlora_suite.base_origin import check_hub_id, licence_of, origin_of
-from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.files import read_json
 from qlora_suite.hub_folder import CARD, Result, build, form_of, listing, report_of
-from qlora_suite.hub_space import HARDWARE, build_space
+from qlora_suite.hub_space import build_space
 from qlora_suite.hub_upload import push
 from qlora_suite.leaks import cleaned, machine_roots
 from qlora_suite.model_card import hub_datasets, languages_of, model_card, serving_lines
@@ -102,26 +130,5 @@ def show(folder: Path, address: str, public: bool, card: bool) -> None:
         say((folder / CARD).read_text(encoding="utf-8"))
 
 
-def main() -> None:
-    parser = parser_for(__doc__)
-    parser.add_argument("run", type=Path, help="a finished run's folder")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where on the hub")
-    parser.add_argument("--merged", action="store_true", help="the merged model (runs/NAME/merged) instead of the adapter")
-    parser.add_argument("--public", action="store_true", help="everybody may read it (otherwise it is private)")
-    parser.add_argument("--dry-run", action="store_true", help="build and show everything, send nothing")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the folder is built (otherwise runs/NAME/hub)")
-    parser.add_argument("--base-id", metavar="OWNER/NAME", help="the base on the hub, if it was loaded from a folder that does not tell")
-    parser.add_argument("--base-revision", metavar="COMMIT", help="its revision")
-    parser.add_argument("--license", metavar="ID", help="as the hub spells it, e.g. mit (otherwise the base's, if its card is at hand)")
-    parser.add_argument(
-        "--dataset", action="append", default=[], metavar="OWNER/NAME", help="hub id of data that came from files; repeatable"
-    )
-    parser.add_argument("--no-reports", action="store_true", help="leave the report's files out: they quote the validation split")
-    parser.add_argument("--space", action="store_true", help="also a chat page, as a Gradio Space")
-    parser.add_argument("--space-hardware", choices=HARDWARE, help="what the Space runs on (cpu)")
-    args = parser.parse_args()
-    with_clear_errors(lambda: run(args), debug=args.debug)
-
-
 if __name__ == "__main__":
-    main()
+    with_clear_errors(lambda: run(args), debug=args.debug)

@@ -16,18 +16,28 @@ uint8 that of the published weights). What is quantised at every start is rounde
 
 from pathlib import Path
 
+from qlora_suite.command_line import parser_for, read_arguments, read_recipe, with_clear_errors
+
+STORAGES = ("uint8", "bfloat16", "float16", "float32")
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = parser_for(__doc__)
+    parser.add_argument("recipe", help="a recipe's YAML file; its `model` section is what counts")
+    parser.add_argument("folder", type=Path, help="where the quantised base goes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.quantization=int8")
+    parser.add_argument("--storage", choices=STORAGES, help="type that packed 4-bit weights are held in (uint8)")
+    parser.add_argument("--precision", choices=STORAGES[1:], help="type of the weights when they are quantised")
+    args = read_arguments(parser, read_recipe)
+
 import torch
 from transformers import PreTrainedConfig
 
-from qlora_suite.command_line import parser_for, with_clear_errors
 from qlora_suite.files import file_table, folder_made_aside, write_json
 from qlora_suite.model import base_fingerprint, commit_of, load_base, load_config, load_tokenizer, versions
 from qlora_suite.prequantized import FORMAT_VERSION, RECORD, quantization_of
 from qlora_suite.recipe import Model
-from qlora_suite.recipe_file import load
 from qlora_suite.tracking import say
 
-STORAGES = ("uint8", "bfloat16", "float16", "float32")
 MAX_SHARD = "4GB"
 
 
@@ -79,11 +89,4 @@ def published_type(config: PreTrainedConfig) -> str:
 
 
 if __name__ == "__main__":
-    parser = parser_for(__doc__)
-    parser.add_argument("recipe", help="a recipe's YAML file; its `model` section is what counts")
-    parser.add_argument("folder", type=Path, help="where the quantised base goes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.quantization=int8")
-    parser.add_argument("--storage", choices=STORAGES, help="type that packed 4-bit weights are held in (uint8)")
-    parser.add_argument("--precision", choices=STORAGES[1:], help="type of the weights when they are quantised")
-    args = parser.parse_intermixed_args()
-    with_clear_errors(lambda: run(load(args.recipe, args.overrides).model, args.folder, args.storage, args.precision), debug=args.debug)
+    with_clear_errors(lambda: run(args.recipe.model, args.folder, args.storage, args.precision), debug=args.debug)

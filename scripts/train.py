@@ -13,6 +13,15 @@ The same command again goes on where the run stopped. Everything it writes is be
     black_box/       what stood around a step that went wrong
 """
 
+from qlora_suite.command_line import parser_for, read_arguments, read_recipe, with_clear_errors
+
+if __name__ == "__main__":  # before the imports below, which take seconds: --help, or a mistake in the recipe, does not wait for them
+    parser = parser_for(__doc__)
+    parser.add_argument("recipe", help="a recipe's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.learning_rate=1e-4")
+    parser.add_argument("--verify-data", action="store_true", help="compare the whole prepared data with its hashes before the run starts")
+    args = read_arguments(parser, read_recipe)
+
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +34,6 @@ from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
-from qlora_suite.command_line import main
 from qlora_suite.compiled import check_compiler, compile_layers
 from qlora_suite.engine import autocast, engine_for, name_of, seed_for
 from qlora_suite.engine import start as start_engine
@@ -40,10 +48,10 @@ from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.schedule import lr_at
 from qlora_suite.tracking import StepBar, peak_memory_gib, say
 from qlora_suite.trainable import build_model
-from qlora_suite.watchdog import Watchdog, process_group_timeout, set_timeout_of_every_group
+from qlora_suite.watchdog import Watchdog, exit_at_once_on_errors, process_group_timeout, set_timeout_of_every_group
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, verify_data: bool = False) -> None:
     hung_after = recipe.stop.hung_after_minutes
     accelerator, dtype = start_engine(recipe.tracking.trackers, recipe.output.dir, process_group_timeout(hung_after))
     say_once = say if accelerator.is_main_process else lambda _: None
@@ -55,7 +63,7 @@ def train(recipe: Recipe) -> None:
         compatibility.check(recipe, name_of(accelerator))
         if recipe.speed.compile:
             check_compiler(accelerator.device)
-        manifest = dataset.load_manifest(recipe)
+        manifest = dataset.load_manifest(recipe, verify=verify_data)
         folder = Path(recipe.data.prepared)
         rows, dev = dataset.Rows(folder / "train.arrow"), dataset.Rows(folder / "dev.arrow")
         check_division(recipe.train.rows_per_step, accelerator.num_processes, recipe.train.micro_batch)
@@ -261,4 +269,5 @@ def train(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    main(train, __doc__)
+    with exit_at_once_on_errors():
+        with_clear_errors(lambda: train(args.recipe, args.verify_data), debug=args.debug)

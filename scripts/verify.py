@@ -11,24 +11,37 @@ engine to engine. Losses, gradient norms, development losses and adapters are co
 differences, and exits with 1 if one is too large. Everything is written below --folder.
 """
 
+from argparse import Namespace
+from pathlib import Path
+
+from qlora_suite.accelerate_config import CONFIGS
+from qlora_suite.command_line import parser_for, read_arguments, with_clear_errors
+
+ENGINES = [engine for engine in CONFIGS if engine != "one"]
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = parser_for(__doc__)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--processes", type=int, help="of DDP, ZeRO and FSDP2 (default: one a GPU, or 2)")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU although there are GPUs")
+    parser.add_argument("--folder", type=Path, default=Path("runs/verify"))
+    args = read_arguments(parser)
+
 import shutil
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from rich.progress import track
 from rich.table import Table
 
-from qlora_suite.command_line import parser_for, with_clear_errors
-from qlora_suite.launched_runs import CONFIGS, EQUAL, ROOT, Case, Difference, difference, launch
+from qlora_suite.launched_runs import EQUAL, ROOT, Case, Difference, difference, launch
 from qlora_suite.preparation import prepare
 from qlora_suite.recipe_file import load
 from qlora_suite.selection import selected
 from qlora_suite.tracking import console, say
 
-ENGINES = [engine for engine in CONFIGS if engine != "one"]
 TOLERANCE = 1e-5
 """Of losses and norms, relative; of the adapter's weights, absolute."""
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -112,13 +125,7 @@ def judged(
     return results
 
 
-def main() -> None:
-    parser = parser_for(__doc__)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--processes", type=int, help="of DDP, ZeRO and FSDP2 (default: one a GPU, or 2)")
-    parser.add_argument("--cpu", action="store_true", help="on the CPU although there are GPUs")
-    parser.add_argument("--folder", type=Path, default=Path("runs/verify"))
-    args = parser.parse_args()
+def main(args: Namespace) -> None:
     gpus = torch.cuda.device_count()
     if gpus == 1 and not args.cpu:
         say("one GPU, and these engines want two: on the CPU (scripts/verify.py is worth most where several GPUs are)")
@@ -131,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with_clear_errors(main, debug="--debug" in sys.argv)
+    with_clear_errors(lambda: main(args), debug=args.debug)

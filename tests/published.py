@@ -12,6 +12,8 @@ import pytest
 from conftest import ROOT, write_recipe
 from in_process import prepared, script, train
 
+from qlora_suite.command_line import with_clear_errors
+
 BASE, COMMIT = "someone/tiny-base", "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny-oasst"
 
@@ -63,7 +65,8 @@ def publish(*args: str | Path) -> SimpleNamespace:
     tracking.console.file = out
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            module.main()
+            args = module.arguments().parse_intermixed_args()
+            with_clear_errors(lambda: module.run(args), debug=args.debug)
     except SystemExit as end:
         code = end.code
     finally:

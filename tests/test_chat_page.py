@@ -538,7 +538,7 @@ def test_a_port_that_is_taken_and_an_address_of_another_machine_are_said_at_once
 def test_options_that_cannot_take_effect_are_errors(run: Path, options: list[str], complaint: str) -> None:
     chat = script("chat")
     with pytest.raises(ValueError, match=complaint):
-        chat.run(chat.arguments().parse_intermixed_args([str(run), *options]))
+        chat.check(chat.arguments().parse_intermixed_args([str(run), *options]))
 
 
 def test_a_history_is_a_number_or_all(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,4 +180,4 @@ def test_what_has_no_effect_is_refused(runs: Path) -> None:
         ([], "give a recipe"),
     ):
         with pytest.raises(ValueError, match=complaint):
-            script("evaluate").main(parse(line))
+            script("evaluate").check(parse(line))

@@ -35,7 +35,8 @@ def test_compiled_layers_learn_the_same_from_a_few_graphs_for_all_shapes(make_re
     plain = train(recipe, f"output.dir={folder / 'plain'}")
     torch._dynamo.reset()
     counters.clear()
-    compiled = train(recipe, f"output.dir={folder / 'compiled'}", "speed.compile=true")
+    # a mask, for a CPU's loop over conversations is no part of a graph
+    compiled = train(recipe, f"output.dir={folder / 'compiled'}", "speed.compile=true", "speed.attention=plain")
     graphs = counters["stats"]["unique_graphs"]
     assert 2 <= graphs <= 4, "two layers, of which one recomputes; for one row, and for more"
     assert not counters["graph_break"]

@@ -44,7 +44,9 @@ def args(*words: str | Path) -> Namespace:
 
 
 def generate(*words: str | Path) -> None:
-    script("generate").run(args(*words))
+    asked = args(*words)
+    script("generate").check(asked)
+    script("generate").run(asked)
 
 
 def prompts(assistant: Assistant, *questions: str) -> list[list[int]]:

@@ -10,6 +10,8 @@ from qlora_suite import compatibility
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import read_yaml
 
+CONFIGS = {"one": "cpu", "ddp": "ddp", "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3", "fsdp": "fsdp"}
+"""Engine -> file in accelerate_configs/ (`one` process on a GPU: single_gpu)."""
 SECTIONS = ("fsdp_config", "deepspeed_config")
 OFFLOADS = ("offload_optimizer_device", "offload_param_device")
 

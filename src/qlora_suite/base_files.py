@@ -8,10 +8,9 @@ import json
 from pathlib import Path
 
 import torch
-from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from qlora_suite.recipe import Model
@@ -42,9 +41,9 @@ def weight_files(model: Model) -> list[Path]:
 
 def check_is_no_adapter(model: Model) -> None:
     """Raises ValueError if the base is an adapter, for transformers would load the base that the adapter names instead."""
-    found = cached_file(model.base, CONFIG_NAME, revision=model.revision, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(model.base, ADAPTER_CONFIG_NAME, revision=model.revision, _raise_exceptions_for_missing_entries=False)
     if found is not None:
-        raise ValueError(f"{model.base} holds an {CONFIG_NAME}: an adapter, which names a base of its own; give that as model.base")
+        raise ValueError(f"{model.base} holds an {ADAPTER_CONFIG_NAME}: an adapter, which names a base of its own; give that as model.base")
 
 
 def check_sizes(config: PreTrainedConfig) -> None:

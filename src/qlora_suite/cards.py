@@ -7,10 +7,10 @@ up anew: `python -c "import torch; print(torch.cuda.get_device_properties(0).tot
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from qlora_suite.model import BF16_CAPABILITY
+if TYPE_CHECKING:  # scripts/preflight.py --help names the cards, and torch takes seconds to import
+    import torch
 
 GIB = 2**30
 
@@ -27,8 +27,12 @@ class Card:
     """Of that."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """What is computed in where nothing else is asked for."""
+        import torch
+
+        from qlora_suite.model import BF16_CAPABILITY
+
         return torch.bfloat16 if self.capability >= BF16_CAPABILITY else torch.float16
 
 
@@ -65,6 +69,8 @@ def named(name: str) -> Card:
     """
     key = re.sub(r"[\s_]+", "", name.lower()).replace("nvidia", "").replace("tesla", "").replace("geforce", "").strip("-")
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)(?:gib|gb)", key):
+        from qlora_suite.model import BF16_CAPABILITY
+
         return Card(f"card of {size[1]} GiB", int(float(size[1]) * GIB), BF16_CAPABILITY)
     key = OTHER_NAMES.get(key, key)
     if key not in _TABLE:
@@ -74,6 +80,8 @@ def named(name: str) -> Card:
 
 def here() -> Card | None:
     """The card of this machine (the smallest, if there are several); None without one. A rate is taken from the table."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

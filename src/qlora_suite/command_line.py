@@ -1,29 +1,47 @@
 """How every script reads its arguments and reports a person's mistake: one clear sentence, no traceback, and never a token."""
 
 import argparse
+import contextlib
+import gc
 import os
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
-import torch.distributed
-
 from qlora_suite.leaks import redacted, refuse_tokens
-from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
-from qlora_suite.watchdog import LostPeerError, exit_at_once_on_errors, explain_lost_peers
+from qlora_suite.watchdog import LostPeerError, explain_lost_peers
 
 
-def main(run: Callable[[Recipe], None], doc: str) -> None:
-    """Run a script that takes a recipe and overrides."""
-    parser = parser_for(doc)
-    parser.add_argument("recipe", help="a recipe's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.learning_rate=1e-4")
+def read_arguments(parser: argparse.ArgumentParser, look: Callable[[argparse.Namespace], None] | None = None) -> argparse.Namespace:
+    """The command line. A script calls this before it imports torch and the rest, so that --help and a mistake cost no seconds.
+
+    `look` looks closer at the arguments and raises ValueError for a person's mistake. From here on, while the libraries are imported,
+    Ctrl-C ends the script at once; `with_clear_errors` makes it a KeyboardInterrupt again.
+    """
     args = parser.parse_intermixed_args()
-    with exit_at_once_on_errors():
-        with_clear_errors(lambda: run(load(args.recipe, args.overrides)), debug=args.debug)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
+        signal.signal(signal.SIGINT, _end_before_it_begins)
+    if look is not None:
+        with _in_a_sentence(args.debug):
+            look(args)
+    gc.disable()  # until the libraries are imported: they make a million objects, all of which stay
+    return args
+
+
+def read_recipe(args: argparse.Namespace) -> None:
+    """`args.recipe`, a path, becomes the recipe with `args.overrides`. Raises ValueError with every complaint."""
+    args.recipe = load(args.recipe, args.overrides)
+
+
+def check_recipe(target: Path, overrides: list[str]) -> None:
+    """Raises ValueError with every complaint, if the target is a recipe (and no run's folder)."""
+    if target.is_file() or (target.suffix in (".yaml", ".yml") and not target.exists()):
+        load(target, overrides)
 
 
 def parser_for(doc: str) -> argparse.ArgumentParser:
@@ -46,22 +64,41 @@ def with_clear_errors(run: Callable[[], None], debug: bool, interrupted: str = "
     sentence, and the exit code is 2; with --debug the traceback is shown, as it is for every other error (exit code 1). No token is in
     either. `interrupted`: what Ctrl-C has left.
     """
-    quiet_libraries()
     try:
-        with explain_lost_peers():
-            run()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    except (ValueError, OSError, LostPeerError) as error:
-        if debug:
-            _show_traceback()
-        sys.stderr.write(f"error: {redacted(str(error))} (--debug shows where)\n")
-        sys.exit(2)
+        if signal.getsignal(signal.SIGINT) is _end_before_it_begins:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        quiet_libraries()
+        if not gc.isenabled():
+            gc.freeze()  # neither a later collection nor the end of the process walks through what was imported
+            gc.enable()
+        with _in_a_sentence(debug):
+            with explain_lost_peers():
+                run()
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted; {interrupted}\n")
         sys.exit(130)
     except Exception:
         _show_traceback()
+
+
+@contextlib.contextmanager
+def _in_a_sentence(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, LostPeerError) as error:
+        if debug:
+            _show_traceback()
+        sys.stderr.write(f"error: {redacted(str(error))} (--debug shows where)\n")
+        sys.exit(2)
+
+
+def _end_before_it_begins(*_: object) -> NoReturn:
+    """Not by an exception: a library that is half imported may take it for its own."""
+    os.write(2, b"interrupted before it began; the same command starts again\n")
+    os._exit(130)
 
 
 def _show_traceback() -> NoReturn:

@@ -271,7 +271,7 @@ def source_names(recipe: Recipe) -> list[str]:
     return [name for s in sources if s is not None for name in ([s] if isinstance(s, str) else s)]
 
 
-def load_manifest(recipe: Recipe) -> dict[str, Any]:
+def load_manifest(recipe: Recipe, verify: bool = False) -> dict[str, Any]:
     """The manifest of the recipe's prepared data, after checking that it is whole and that it is this recipe's.
 
     Raises ValueError, with the command to run, if the data is missing, damaged or stale.

@@ -21,7 +21,6 @@ from qlora_suite.model import load_config
 from qlora_suite.model_card import inline, quantization_arguments
 from qlora_suite.recipe import Model
 
-HARDWARE = ("cpu", "gpu", "zerogpu")
 GB = 10**9
 MACHINES = {
     "cpu": (("cpu-basic", 16 * GB), ("cpu-upgrade", 32 * GB)),

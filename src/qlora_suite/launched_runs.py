@@ -25,6 +25,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+from qlora_suite.accelerate_config import CONFIGS
 from qlora_suite.checkpoint import ADAPTER
 from qlora_suite.command_line import quiet_libraries
 from qlora_suite.engine import stand_in_for_gpus
@@ -36,8 +37,6 @@ from qlora_suite.run_folder import Run
 from qlora_suite.tracking import console, read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = {"one": "cpu", "ddp": "ddp", "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3", "fsdp": "fsdp"}
-"""Engine -> file in accelerate_configs/ (`one` process on a GPU: single_gpu)."""
 FAILED = "failed:"
 TIMEOUT = timedelta(minutes=2)
 """Of a collective: one rank's failure must not keep the others waiting for long."""
