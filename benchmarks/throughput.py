@@ -26,7 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -309,71 +309,88 @@ def _check_divides(arms: Sequence[Arm], steps: Sequence[Sequence[dict[str, Any]]
 # ---- what is shown ----------------------------------------------------------------------------------------------------------------
 
 
-def show(results: dict[str, Any], against_ours: str = "ours to it") -> None:
-    """The table, and what it holds for."""
-    work, same = results["work"], results["same_work"]
+def show(results: dict[str, Any]) -> None:
+    """Two tables: what was timed, and what is the same at every run; then the losses."""
+    work, machine = results["work"], results["hardware"]
+    tokens, supervised = np.mean(work["tokens"]), sum(work["supervised_tokens"]) / sum(work["tokens"])
     say(
-        f"{results['precision']['name']} on {results['hardware']['device']} ({results['hardware']['processor']}); {work['conversations_per_step']} "
-        f"conversations in {work['rows_per_step']} packed rows a step, {np.mean(work['tokens']):,.0f} tokens, "
-        f"{sum(work['supervised_tokens']) / sum(work['tokens']):.0%} supervised; needed {work['needed_flops_per_token'] / 1e6:,.1f} MFLOP a "
-        f"token (attention {work['share_of_attention']:.0%}, head {work['share_of_head']:.0%})"
+        f"{results['precision']['name']}, computed in {results['precision']['computes_in']}, on {machine['device']}, "
+        f"{machine['processor']}\n"
+        f"a step: {work['conversations_per_step']} conversations in {work['rows_per_step']} packed rows, {tokens:,.0f} tokens, "
+        f"{supervised:.0%} supervised; needed {work['needed_flops_per_token'] / 1e6:,.1f} MFLOP a token "
+        f"(attention {work['share_of_attention']:.0%}, head {work['share_of_head']:.0%})"
     )
-    cuda = "count" in results["hardware"]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("arm")
-    names = ["tokens/s", "(spread)", against_ours, "supervised/s", "step p50", "p95", "peak", "padding", "FLOP/token", "of matrix rate"]
-    for name in [*names, "waits", "kept/token", "loss diff"]:
-        table.add_column(name, justify="right")
+    cuda = "count" in machine
+    timed = {name: arm for name, arm in results["arms"].items() if "tokens_per_second" in arm}
+    if timed:
+        peak = "peak_bytes" if cuda else "peak_bytes_above_imports"
+        table = _table("timed", "arm", "tokens/s", "ours to it", "step p50", "p95", "peak", "of rate")
+        for name, arm in timed.items():
+            rate, ratio = arm["tokens_per_second"], arm.get("ours_to_this")
+            table.add_row(
+                name,
+                f"{rate['median']:,.0f} ({rate['smallest']:,.0f}-{rate['largest']:,.0f})",
+                f"{ratio['median']:.2f} ({ratio['smallest']:.2f}-{ratio['largest']:.2f})" if ratio else "",
+                *(f"{arm['step_seconds'][key]:.2f} s" for key in ("p50", "p95")),
+                f"{arm[peak]['median'] / 2**20:,.0f} MiB",
+                f"{arm['share_of_matrix_rate']['median']:.1%}",
+            )
+        console.print(table)
+        say(
+            "tokens/s: real tokens, median of the rounds (smallest-largest); ours to it: of the same round; peak: "
+            + ("the allocator's" if cuda else "resident while stepping, above what the imports take")
+            + "; of rate: needed FLOPs, of a large product's in the same process"
+        )
+    table = _table("counted", "arm", "padding", "FLOP/token", "kept/token", "live peak", "waits", "loss diff")
     for name, arm in results["arms"].items():
-        if "error" in arm and "tokens_per_second" not in arm:
-            table.add_row(name, f"[red]failed[/]: {arm['error'][:100]}")
-            continue
-        table.add_row(name, *_cells(arm, cuda))
+        if "flops_per_token" in arm:
+            difference = arm.get("largest_loss_difference")
+            table.add_row(
+                name,
+                f"{arm['padding_share']:.1%}",
+                f"{arm['flops_per_token'] / 1e6:,.2f} M",
+                f"{arm['saved_bytes_per_token'] / 1024:,.1f} KiB",
+                f"{arm['live_peak_bytes'] / 2**20:,.0f} MiB",
+                f"{arm['syncs_per_step']:,.0f}",
+                "other steps" if difference is None else f"{difference:.1e}",
+            )
     console.print(table)
     say(
-        "tokens/s: real tokens, median of the rounds; ratio: ours to this arm in the same round, median (smallest to largest); peak: "
-        + ("the allocator's" if cuda else "resident, above what the imports take")
-        + "; FLOP/token: executed; of matrix rate: needed FLOPs by the rate of a large product in the same process; waits: of the host for "
-        "the device, a step; kept: bytes for the backward pass a real token; loss diff: largest of a step to ours"
+        "FLOP/token: executed for a real token; kept: for the backward pass; live peak: of all that a step makes; waits: of the host for "
+        "the device, a step; loss diff: largest of a step to ours"
     )
-    agree = "the same" if same["labels_are_the_same"] else "NOT THE SAME"
-    adapters = "the same" if same["first_adapters_are_the_same"] else "NOT THE SAME"
+    for name, arm in results["arms"].items():
+        if "error" in arm:
+            say(f"{name} failed: {arm['error']}")
+    same = results["same_work"]
+    agree, adapters = ("the same" if same[key] else "NOT THE SAME" for key in ("labels_are_the_same", "first_adapters_are_the_same"))
     say(f"ids and labels that went in (sha256 {(same['labels_sha256'] or '-')[:16]}): {agree} in all arms; first adapters: {adapters}")
     show_losses(results)
 
 
-def _cells(arm: dict[str, Any], cuda: bool) -> Iterator[str]:
-    def of(key: str, show: Any) -> str:
-        return show(arm[key]) if arm.get(key) is not None else "-"
-
-    yield of("tokens_per_second", lambda s: f"{s['median']:,.0f}")
-    yield of("tokens_per_second", lambda s: f"{s['smallest']:,.0f}-{s['largest']:,.0f}")
-    yield of("ours_to_this", lambda s: f"{s['median']:.2f} ({s['smallest']:.2f}-{s['largest']:.2f})")
-    yield of("supervised_tokens_per_second", lambda s: f"{s['median']:,.0f}")
-    yield of("step_seconds", lambda s: f"{s['p50']:.2f} s")
-    yield of("step_seconds", lambda s: f"{s['p95']:.2f} s")
-    yield of("peak_bytes" if cuda else "peak_bytes_above_imports", lambda s: f"{s['median'] / 2**20:,.0f} MiB")
-    yield of("padding_share", lambda v: f"{v:.1%}")
-    yield of("flops_per_token", lambda v: f"{v / 1e6:,.1f} M")
-    yield of("share_of_matrix_rate", lambda s: f"{s['median']:.0%}")
-    yield of("syncs_per_step", lambda v: f"{v:,.0f}")
-    yield of("saved_bytes_per_token", lambda v: f"{v / 1024:,.1f} KiB")
-    yield of("largest_loss_difference", lambda v: f"{v:.1e}")
+def _table(title: str, first: str, *names: str) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table.add_column(first, no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def show_losses(results: dict[str, Any]) -> None:
-    """The losses of the steps, side by side."""
-    arms = {name: arm["losses"] for name, arm in results["arms"].items() if arm.get("losses")}
+    """The losses of the steps, side by side: ours, and by how much the others differ."""
+    arms = {name: arm for name, arm in results["arms"].items() if arm.get("losses")}
     if not arms:
         return
-    table = Table("step", *arms, box=None, pad_edge=False, title="loss of each step", title_justify="left")
-    for step in range(max(map(len, arms.values()))):
-        table.add_row(str(step + 1), *(f"{losses[step]:.5f}" if step < len(losses) else "-" for losses in arms.values()))
+    first, *others = arms
+    table = _table("losses", "step", first, *(f"{name} -" for name in others))
+    for step, loss in enumerate(arms[first]["losses"]):
+        differences = [arms[name]["losses"][step] - loss if step < len(arms[name]["losses"]) else None for name in others]
+        table.add_row(str(step + 1), f"{loss:.6f}", *("-" if d is None else f"{d:+.1e}" for d in differences))
     console.print(table)
     if results["precision"]["computes_in"] == "fp32":
-        for name, arm in results["arms"].items():
-            if (difference := arm.get("largest_loss_difference", 0.0)) > LOSSES_AGREE and not arm["settings"]["draws_noise"]:
-                say(f"{name}: losses differ by {difference:.1e}, more than rounding does ({LOSSES_AGREE:g}): it is not the same work")
+        for name, arm in arms.items():
+            if arm.get("largest_loss_difference", 0.0) > LOSSES_AGREE and not arm["settings"]["draws_noise"]:
+                say(f"{name}: its losses differ by more than rounding ({LOSSES_AGREE:g}): it is not the same work")
 
 
 def main() -> None:

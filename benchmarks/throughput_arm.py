@@ -27,7 +27,7 @@ def run(job: Job) -> None:
     if job.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     meter = Meter(job)
-    with traced(job, meter):
+    with traced(job, meter), fresh_accelerator():
         if job.kind == "ours":
             ours(job, meter)
         elif job.kind == "trl":
@@ -54,7 +54,7 @@ def ours(job: Job, meter: Meter) -> None:
 
     def collate(rows: list[dict[str, Any] | None], pad_id: int) -> Any:
         meter.fed(one for row in rows if row for one in documents(row))
-        return known[1](rows, pad_id)
+        return meter.on_host(known[1], rows, pad_id)
 
     def add_metrics(run: Run, **values: Any) -> None:
         nonlocal tokens_so_far
@@ -66,7 +66,7 @@ def ours(job: Job, meter: Meter) -> None:
 
     train.engine_for, train.collate, Run.add_metrics = engine_for, collate, add_metrics
     try:
-        with Path(job.out).with_suffix(".log").open("w", encoding="utf-8") as log, printing_to(log), fresh_accelerator():
+        with Path(job.out).with_suffix(".log").open("w", encoding="utf-8") as log, printing_to(log):
             train.train(recipe)
     finally:
         train.engine_for, train.collate, Run.add_metrics = known

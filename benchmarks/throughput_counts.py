@@ -10,8 +10,10 @@ Waits are counted on a CPU, too, where nothing waits: a tensor counts as on the 
 
 import contextlib
 import sys
+import time
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ WAITS = {
 """Operations whose result, or its size, the host has to know before it can go on."""
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index, aten._index_put_impl_}
 """With a mask among the indices, a nonzero."""
-COUNTED_NAMESPACES = ("aten", "prims", "prim")
+KNOWN_NAMESPACES = ("aten", "prims", "prim", "profiler")
 ON_HOST = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu}
 """That the dispatcher does not see on a CPU."""
 
@@ -59,10 +61,23 @@ class Counts:
         known = [*weights, *(p.grad for p in weights if p.grad is not None)]
         self._flop_counter = FlopCounterMode(display=False, custom_mapping=_attention_on_cpu())
         self._live = LiveBytes(known)
-        waits = _Waits(self, weights)
+        waits = self._waits = _Waits(self, weights)
         self._held = contextlib.ExitStack()
         for mode in (self._flop_counter, self._live, waits, _DeviceNamed(waits), _Saved(self, weights).hooks()):
             self._held.enter_context(mode)
+
+    @contextlib.contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is made and asked here belongs to the host, whatever device it names: on a CPU, that of its own tensors."""
+        self._waits.paused = True
+        try:
+            yield
+        finally:
+            self._waits.paused = False
+
+    def abandon(self) -> None:
+        """End without taking anything into account."""
+        self._held.close()
 
     def end(self) -> None:
         self._held.close()
@@ -73,14 +88,14 @@ class Counts:
 class _Waits(TorchDispatchMode):
     def __init__(self, counts: Counts, weights: list[Tensor]) -> None:
         super().__init__()
-        self.counts = counts
+        self.counts, self.paused = counts, False
         self._on_device: dict[int, weakref.ref] = {}
         for tensor in weights:
             self.mark(tensor)
 
     def mark(self, tensor: Any) -> None:
         """From now on this tensor's storage counts as the device's."""
-        if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+        if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and not self.paused:
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._on_device:
@@ -92,12 +107,14 @@ class _Waits(TorchDispatchMode):
         return tensor.device.type == "cuda" or tensor.untyped_storage()._cdata in self._on_device
 
     def count(self) -> None:
+        if self.paused:
+            return
         self.counts.syncs += 1
         self.counts.sync_places[_place()] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace not in COUNTED_NAMESPACES:
+        if func.namespace not in KNOWN_NAMESPACES:
             self.counts.uncounted.add(str(func.overloadpacket))
         touched = [t for t in tree_leaves((args, kwargs)) if self.is_on_device(t)]
         if touched and self._waits(func, args, kwargs):
@@ -194,8 +211,6 @@ def _place() -> str:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.5) -> float:
     """FLOP/s of a large square product: the rate that a share is a share of. Random numbers: a product of zeros runs faster."""
-    import time
-
     size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     a @ b

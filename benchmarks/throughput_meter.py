@@ -7,7 +7,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,16 @@ class Meter:
         for ids, labels in documents:
             self._real += len(ids)
             self._tokens_counted += len(ids) if self._counting else 0
-            labels = np.array(labels, dtype=np.int64)
-            labels[0] = -100  # nothing predicts the first token, whatever stands there
-            self._documents.append(hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes() + labels.tobytes()).hexdigest())
+            predicted = np.array(labels, dtype=np.int64)
+            predicted[0] = -100  # nothing predicts the first token, whatever stands there
+            self._documents.append(hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes() + predicted.tobytes()).hexdigest())
+
+    def on_host(self, make: Callable[..., Any], *args: Any) -> Any:
+        """Call what a loader does with tensors of its own, none of which are on a device, whatever they name."""
+        if not self._counting:
+            return make(*args)
+        with self._counts.on_host():
+            return make(*args)
 
     def step_ended(self, loss: float | torch.Tensor, tokens: int | None = None) -> None:
         wait_for(self.device)
@@ -129,7 +136,7 @@ class Meter:
     def stop_counting(self) -> None:
         """After the last step; what comes then is no part of any."""
         if self._counting:
-            self._counts._held.close()
+            self._counts.abandon()
             self._counting = False
 
     def write(self, **more: Any) -> None:

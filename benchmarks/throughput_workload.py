@@ -50,10 +50,12 @@ class Shape:
     """Tokens of a packed row at most, and of a conversation."""
     rows_per_step: int
     rotary: float = 0.5
+    conversations: int | None = None
+    """So many of the embedded ones; None: all."""
 
 
 SHAPES = {
-    "tiny": Shape(64, 2, 2, 256, 1024, 512, 4),
+    "tiny": Shape(64, 2, 2, 256, 1024, 512, 4, conversations=120),
     # The head is 14 % of the weights (Phi-2: 5 %): 1,024 tokens would come nearer, but leave one conversation in six cut at the row's end.
     "small": Shape(256, 4, 4, 1024, 2048, 1024, 8),
     "phi2": Shape(2560, 32, 32, 10240, 51200, 2048, 4, rotary=0.4),
@@ -219,6 +221,7 @@ def _recipe(folder: Path, shape: Shape, seed: int) -> dict[str, Any]:
             "split": "all",
             "policy": "all_paths",
             "dev_share": 0.0,
+            "max_examples": shape.conversations,
             "max_length": shape.row,
             "prepared": str(folder / "prepared"),
         },

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-
 KEYS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
@@ -83,7 +82,8 @@ def train(job: Job, meter: Meter) -> None:
         for name, parameter in trainer.model.named_parameters():
             if name in first:
                 parameter.data = first[name]
-        training_step, compute_loss = trainer.training_step, trainer.compute_loss
+        training_step, compute_loss, collator = trainer.training_step, trainer.compute_loss, trainer.data_collator
+        trainer.data_collator = lambda examples: meter.on_host(collator, examples)
 
         def noting_the_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
             losses.append(training_step(*args, **kwargs))
