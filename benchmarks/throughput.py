@@ -117,7 +117,8 @@ class Bench:
         self.folder, self.arms, self.device = folder, list(arms), device
         self.precision, self.dtype, self.warmup = precision, compute_type(precision, device), warmup
         self.recipe = folder / "recipe.yaml"
-        self.steps = list(steps_of(load(self.recipe)))[: steps + warmup]
+        made = list(steps_of(load(self.recipe)))
+        self.steps, self.num_made = made[: steps + warmup], len(made)
         _check_divides(self.arms, self.steps)
         self.counted: dict[str, dict[str, Any]] = {}
         self.rounds: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in self.arms}
@@ -135,11 +136,11 @@ class Bench:
         }
 
     def job(self, arm: Arm, out: Path, counted: bool, **more: Any) -> Job:
-        steps = COUNTED_STEPS + COUNTED_WARMUP if counted else len(self.steps)
+        steps = min(COUNTED_STEPS + COUNTED_WARMUP, self.num_made) if counted else len(self.steps)
         return Job(
             arm=arm.name,
             kind=arm.kind,
-            overrides=[*overrides_of(self.precision), f"train.max_steps={min(steps, len(self.steps))}", *arm.overrides],
+            overrides=[*overrides_of(self.precision), f"train.max_steps={steps}", *arm.overrides],
             packed=arm.packed,
             micro_batch=arm.micro_batch,
             checkpointing=arm.checkpointing,

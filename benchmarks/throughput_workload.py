@@ -151,7 +151,8 @@ def needed_flops(shape: Shape, rank: int, steps: Sequence[Sequence[dict[str, Any
     conversation; the head on supervised tokens alone; nothing twice.
 
     2 N forward and 2 N backward for N frozen weights, 6 P for P LoRA weights, 4 k d a layer forward and 2.5 times that backward for a
-    query with k keys, 4 V d a supervised token.
+    query with k keys, 4 V d a supervised token. Nothing before the first layer is trained, so its q, k, v and fc1 have no gradient to
+    hand on.
     """
     d, ffn = shape.hidden, shape.intermediate
     frozen = shape.layers * (4 * d * d + 2 * d * ffn)
@@ -159,7 +160,8 @@ def needed_flops(shape: Shape, rank: int, steps: Sequence[Sequence[dict[str, Any
     lengths = np.array([n for step in steps for row in step for n in row["lengths"]], dtype=np.float64)
     supervised = sum(int(row["supervised"].sum()) for step in steps for row in step)
     attention = 4 * d * shape.layers * 3.5 * (lengths * (lengths + 1) / 2).sum()
-    return float(4 * frozen + 6 * lora + (attention + 4 * shape.vocabulary * d * supervised) / lengths.sum())
+    handed_to_nobody = 2 * (3 * d * d + d * ffn) + 2 * rank * 4 * d
+    return float(4 * frozen + 6 * lora - handed_to_nobody + (attention + 4 * shape.vocabulary * d * supervised) / lengths.sum())
 
 
 def describe(shape: Shape, rank: int, steps: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
