@@ -5,12 +5,12 @@
 
     ceilings    rate of a large matrix product, rate of a copy within the card
     peers       20 steps each of ours and of TRL, packed, QLoRA, 8,192 tokens at a time
-    ladder      ours without each lever
-    storage     the base as NF4, as NF4 dequantised once, as bf16
-    trace       a profiler's trace of one step (gpu_trace.json beside the report) and its largest operations
     fits        recipes/phi2_oasst1.yaml's sizes: rows of 2,048 tokens, rank 32, fp16, no gradient checkpointing, in 14.7 GiB
+    storage     the base as NF4, as NF4 dequantised once, as bf16
+    trace       a profiler's trace of one step (gpu_trace.json.gz beside the report) and its largest operations
+    ladder      ours without each lever, as far as the time goes
 
-What each part finds is written to --json at once; predictions stand in benchmarks/gpu.md.
+What each part finds is written to --json at once, and joins what other parts have left there; predictions stand in benchmarks/gpu.md.
 """
 
 import datetime
@@ -28,14 +28,15 @@ from throughput_meter import DTYPES
 from throughput_workload import SHAPES, compute_type, describe, make, overrides_of, steps_of
 
 from qlora_suite.command_line import parser_for, with_clear_errors
-from qlora_suite.files import write_json
+from qlora_suite.files import read_json, write_json
 from qlora_suite.launched_runs import ROOT
 from qlora_suite.model import versions
 from qlora_suite.recipe_file import load
 from qlora_suite.run_facts import git_state, hardware
 from qlora_suite.tracking import console, say
 
-PARTS = ("ceilings", "peers", "ladder", "storage", "trace", "fits")
+PARTS = ("ceilings", "peers", "fits", "storage", "trace", "ladder")
+"""In the order of what a person wants to know first: a rung of the ladder that finds no time is written down as not run."""
 T4_GIB = 14.7
 """That a T4 leaves for tensors."""
 ONE_ARM = 120.0
@@ -62,16 +63,15 @@ class Card:
         self.report["parts"].setdefault(part, {}).update(values)
         write_json(self.json, self.report)
 
-    def arms(self, part: str, precision: str, arms: list[Arm], counted: bool = False, **more: Any) -> None:
-        """Run each once, as long as there is time, and note what it did after each."""
+    def arms(self, part: str, precision: str, arms: list[Arm], counted: int = 0, **more: Any) -> None:
+        """Run each once, as long as there is time, and note what it did after each; count the first `counted` before."""
         bench = Bench(self.folder, arms, self.shape, precision, self.device, self.steps(part), WARMUP)
         for arm in arms:
             if self.left() < 20:
                 bench.errors[arm.name] = "not run: the time was up"
             else:
                 limit = min(ONE_ARM, self.left() - 5)
-                # counting is Python at every operation: for the part where it says most, and only with time to spare
-                if counted and self.left() > 120:
+                if arms.index(arm) < counted and self.left() > 120:  # another process, and Python at every operation
                     bench.measure(arm, None, limit)
                 bench.measure(arm, 1, min(limit, self.left() - 5), **more)
             found = {name: done for name, done in bench.results()["arms"].items() if name == arm.name}
@@ -111,16 +111,23 @@ def ceilings(card: Card) -> None:
 def peers(card: Card) -> None:
     rows = SHAPES[card.shape].rows_per_step
     ours = replace(OURS, overrides=(f"train.micro_batch={rows}",))
-    card.arms("peers", "nf4", [ours, arm_named(f"trl-packed@{rows}"), arm_named("trl-packed@1"), arm_named("trl-default")], counted=True)
+    card.arms("peers", "nf4", [ours, arm_named(f"trl-packed@{rows}"), arm_named("trl-packed@1"), arm_named("trl-default")], counted=2)
 
 
 def levers(card: Card) -> None:
     recipe = load(card.folder / "recipe.yaml")
-    rows = SHAPES[card.shape].rows_per_step
-    arms = ladder(card.folder, sum(len(row["lengths"]) for row in next(steps_of(recipe))))
-    whole = (f"train.micro_batch={rows}",)
+    rungs = ladder(card.folder, sum(len(row["lengths"]) for row in next(steps_of(recipe))))
+    whole = (f"train.micro_batch={SHAPES[card.shape].rows_per_step}",)
     keeps_its_own = ("one row at a time", "unpacked rows")  # how much goes through at once is what they are about
-    card.arms("ladder", "nf4", [a if a.name in keeps_its_own else replace(a, overrides=(*whole, *a.overrides)) for a in arms])
+    card.arms(
+        "ladder",
+        "nf4",
+        [
+            arm if arm.name in keeps_its_own else replace(arm, overrides=(*whole, *arm.overrides))
+            for arm in rungs
+            if arm.overrides != ("speed.dequantize_once=false",)  # which is a row of `storage`
+        ],
+    )
 
 
 def storage(card: Card) -> None:
@@ -136,7 +143,7 @@ def storage(card: Card) -> None:
 def trace(card: Card) -> None:
     arm = replace(OURS, name="traced", overrides=(f"train.micro_batch={SHAPES[card.shape].rows_per_step}",))
     bench = Bench(card.folder, [arm], card.shape, "nf4", card.device, card.steps("trace"), WARMUP)
-    path = card.json.with_name(card.json.stem + "_trace.json")
+    path = card.json.with_name(card.json.stem + "_trace.json.gz")
     done = bench.measure(arm, 1, min(ONE_ARM, card.left() - 5), trace=str(path))
     lines = done.get("top_operations", [])
     card.note("trace", file=path.name, top_operations=lines, **({"error": done["error"]} if "error" in done else {}))
@@ -183,7 +190,7 @@ def measure(device: str, shape: str, parts: list[str], folder: Path, json: Path,
         "versions": versions(),
         "suite": git_state(),
         "shape": shape,
-        "parts": {},
+        "parts": parts_before(json, shape),
     }
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
@@ -198,17 +205,27 @@ def measure(device: str, shape: str, parts: list[str], folder: Path, json: Path,
         report["work"] = describe(SHAPES[shape], 16, steps)
     for part in parts:
         if card.left() < 25:
+            report["parts"].pop(part, None)
             card.note(part, error="not run: the time was up")
             continue
         part_began = time.monotonic()
+        report["parts"].pop(part, None)
         try:
             DO[part](card)
         except Exception as error:  # the other parts still have something to say
             card.note(part, error=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             say(f"{part} failed: {error}")
+        if device == "cuda":
+            torch.cuda.empty_cache()
         card.note(part, took_seconds=round(time.monotonic() - part_began, 1))
     show(report)
     say(f"wrote {json} after {time.monotonic() - began:.0f} s")
+
+
+def parts_before(json: Path, shape: str) -> dict[str, Any]:
+    """What an earlier call with other parts has left in the report."""
+    before = read_json(json) if json.exists() else {}
+    return before.get("parts", {}) if before.get("shape") == shape else {}
 
 
 def show(report: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What a GPU does with this suite, in at most ten minutes, on one card, without a network: ceilings, ours beside TRL at Phi-2's sizes,
-# each lever taken out, NF4 against other ways to hold the base, a profiler's trace, and whether the T4 recipe fits into a T4.
+# whether the T4 recipe fits into a T4, NF4 against other ways to hold the base, a profiler's trace, and each lever taken out.
 #
 #   bash benchmarks/gpu.sh                                   writes benchmarks/gpu.json as it goes, and prints the rows for gpu.md
-#   bash benchmarks/gpu.sh --parts ceilings peers            some of it
+#   bash benchmarks/gpu.sh --parts ladder                    some of it; the rest stays as it was in the report
 #   bash benchmarks/gpu.sh --device cpu --shape tiny         the same code without a card, on a model of a toy's size
 #
 # Every part is a process of its own with a time limit; what one part cannot do is written down, and the next begins. TRL comes from

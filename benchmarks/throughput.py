@@ -260,6 +260,8 @@ def in_a_process(job: Job, timeout: float | None = None) -> dict[str, Any]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), str(HERE), os.environ.get("PYTHONPATH")]))
     if job.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, HF's Trainer would use all at once
     with out.with_suffix(".output").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(  # noqa: S603 - our own script
             [sys.executable, str(HERE / "throughput_arm.py"), str(description)], env=environment, stdout=log, stderr=log, cwd=ROOT

@@ -85,7 +85,7 @@ def traced(job: Job, meter: Meter) -> Iterator[None]:
         done = len(meter.seconds) + 1
         if done == job.warmup + 1:
             profiler.stop()
-            by = "self_cuda_time_total" if job.device == "cuda" else "self_cpu_time_total"
+            by = "self_device_time_total" if job.device == "cuda" else "self_cpu_time_total"
             meter.facts["top_operations"] = profiler.key_averages().table(sort_by=by, row_limit=25).splitlines()
             profiler.export_chrome_trace(job.trace)
         known(*values)

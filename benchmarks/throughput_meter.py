@@ -70,10 +70,13 @@ class Meter:
         if self.device.type == "cuda" and self.job.cap_gib:
             total = torch.cuda.get_device_properties(self.device).total_memory / 2**30
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.job.cap_gib / total))
+        rate = matrix_rate(self.device, DTYPES[self.job.dtype])
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         self.facts = {
             "threads": torch.get_num_threads(),
             "versions": {**versions(), "python": sys.version.split()[0]},
-            "matrix_rate": matrix_rate(self.device, DTYPES[self.job.dtype]),
+            "matrix_rate": rate,
             "rss_after_imports": _status("VmRSS"),
         }
         self._began = time.perf_counter()

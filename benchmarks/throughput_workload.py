@@ -212,6 +212,9 @@ def _write_base(folder: Path, shape: Shape, device: str, seed: int, stored: torc
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(config, dtype=stored)
     base.save_pretrained(folder)
+    del base
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the arms are other processes, and need it
 
 
 def _recipe(folder: Path, shape: Shape, seed: int) -> dict[str, Any]:

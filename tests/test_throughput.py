@@ -241,7 +241,7 @@ def forked(job: Job, timeout: float | None = None) -> dict[str, Any]:
 def test_two_tables_a_report_and_a_chart_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program, on ours and the plain loop."""
     report, chart = tmp_path / "report.json", tmp_path / "chart.svg"
-    asked = "--shape tiny --steps 1 --warmup 1 --rounds 1 --device cpu --arms ours loop@8".split()
+    asked = ["--shape", "tiny", "--steps", "1", "--warmup", "1", "--rounds", "1", "--device", "cpu", "--arms", "ours", "loop@8"]
     places = ["--folder", str(tmp_path / "work"), "--json", str(report), "--plot", str(chart)]
     monkeypatch.setattr(sys, "argv", ["throughput.py", *asked, *places])
     monkeypatch.setattr(throughput, "in_a_process", forked)
