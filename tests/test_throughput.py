@@ -34,7 +34,8 @@ from throughput_workload import IGNORED, PADDED_BATCH, SHAPES, documents, make, 
 
 ON_CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
-PEERS = {"ours": "ours", "loop": "loop@8", "trl-padded": "trl-padded@8", "trl-packed": "trl-packed@1", "trl-default": "trl-default"}
+# several micro-batches in a step of eight conversations, where a mean of means would show
+PEERS = {"ours": "ours", "loop": "loop@4", "trl-padded": "trl-padded@4", "trl-packed": "trl-packed@1", "trl-default": "trl-default"}
 NEEDS_TRL = ("trl-padded", "trl-packed", "trl-default")
 PRECISIONS = ("fp32", "nf4")
 
@@ -108,7 +109,7 @@ def test_other_labels_have_another_hash(work: Path, counted: Counted, monkeypatc
             yield ids, np.where(np.arange(len(labels)) == at, IGNORED, labels)
 
     monkeypatch.setattr(plain_loop, "split", one_label_less)
-    changed = in_this_process(work, replace(arm_named("loop@8"), name="changed"), "fp32")
+    changed = in_this_process(work, replace(arm_named("loop@4"), name="changed"), "fp32")
     assert changed["counts"]["labels_sha256"] != counted("loop", "fp32")["counts"]["labels_sha256"]
 
 
@@ -216,7 +217,7 @@ def test_waits_are_those_of_tensors_on_the_device() -> None:
 def test_kept_bytes_are_those_of_distinct_storages_that_are_no_weights() -> None:
     layer = torch.nn.Linear(256, 64, bias=False)
     counts = Counts(layer, ON_CPU)
-    x = torch.ones(32, 256)
+    x = torch.ones(32, 256, requires_grad=True)
     counts.begin()
     (layer(x).exp() + layer(x)).sum().backward()
     counts.end()
@@ -239,9 +240,9 @@ def forked(job: Job, timeout: float | None = None) -> dict[str, Any]:
 
 
 def test_two_tables_a_report_and_a_chart_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program, on ours and the plain loop."""
+    """The program, on ours alone."""
     report, chart = tmp_path / "report.json", tmp_path / "chart.svg"
-    asked = ["--shape", "tiny", "--steps", "1", "--warmup", "1", "--rounds", "1", "--device", "cpu", "--arms", "ours", "loop@8"]
+    asked = ["--shape", "tiny", "--steps", "1", "--warmup", "1", "--rounds", "1", "--device", "cpu", "--arms", "ours"]
     places = ["--folder", str(tmp_path / "work"), "--json", str(report), "--plot", str(chart)]
     monkeypatch.setattr(sys, "argv", ["throughput.py", *asked, *places])
     monkeypatch.setattr(throughput, "in_a_process", forked)
@@ -258,7 +259,6 @@ def test_two_tables_a_report_and_a_chart_come_out(tmp_path: Path, monkeypatch: p
         assert arm["versions"]["torch"] == torch.__version__
     assert found["same_work"]["labels_are_the_same"]
     assert found["same_work"]["first_adapters_are_the_same"]
-    assert found["arms"]["loop@8"]["ours_to_this"]["median"] > 0
     assert found["work"]["share_of_head"] > 0
     assert "ids and labels that went in" in shown.getvalue()
     assert "it is not the same work" not in shown.getvalue()
