@@ -385,10 +385,11 @@ def show_losses(results: dict[str, Any]) -> None:
     if not arms:
         return
     first, *others = arms
-    table = _table("losses", "step", first, *(f"{name} -" for name in others))
-    for step, loss in enumerate(arms[first]["losses"]):
-        differences = [arms[name]["losses"][step] - loss if step < len(arms[name]["losses"]) else None for name in others]
-        table.add_row(str(step + 1), f"{loss:.6f}", *("-" if d is None else f"{d:+.1e}" for d in differences))
+    ours = arms[first]["losses"]
+    table = _table("loss of each step, and by how much the others differ", "arm", *(str(step + 1) for step in range(len(ours))))
+    table.add_row(first, *(f"{loss:.4f}" for loss in ours))
+    for name in others:
+        table.add_row(name, *(f"{theirs - loss:+.0e}" for theirs, loss in zip(arms[name]["losses"], ours, strict=False)))
     console.print(table)
     if results["precision"]["computes_in"] == "fp32":
         for name, arm in arms.items():
