@@ -15,7 +15,6 @@ starts by looking at the sizes of the files and at the index: it reads as much o
 when it has been prepared, and on request (`load_manifest(verify=True)`); a row is checked when it is read.
 """
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -33,6 +32,8 @@ from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.run_place import check_path
 
 FORMAT_VERSION = 3
+TICK_NS = 2 * 10**9
+"""The coarsest clock of a file system's times (FAT)."""
 WORTH_A_BAR = 256
 """MiB that are read in more than a second."""
 MANIFEST = "manifest.json"
@@ -51,7 +52,7 @@ ROWS = pa.schema(
         ("examples", pa.list_(pa.string())),
     ]
 )
-INDEX = pa.schema([("tokens", pa.int32()), ("supervised", pa.int32()), ("batch", pa.int64()), ("place", pa.int32())])
+INDEX = pa.schema([(name, pa.int64()) for name in ("tokens", "supervised", "batch", "place")])
 """Of each row: how many tokens, how many of them supervised, at which byte its record batch begins, and which of its rows it is."""
 CONVERSATIONS = pa.schema(
     [
@@ -110,22 +111,16 @@ def index_of(path: Path) -> Path:
 
 def write_row_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> int:
     """Write record batches of rows, and the index beside them. Returns the number of rows."""
-    parts: list[tuple[np.ndarray, np.ndarray, int]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     begins = ROWS.serialize().size
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, ROWS) as writer:
         for batch in batches:
-            parts.append((_list_lengths(batch["input_ids"]), _sum_per_list(batch["supervised"]), begins))
+            tokens, supervised = _list_lengths(batch["input_ids"]), _sum_per_list(batch["supervised"])
+            parts.append((tokens, supervised, np.full(len(batch), begins), np.arange(len(batch))))
             writer.write_batch(batch)
             begins = sink.tell()
-    columns = [
-        np.concatenate([np.zeros(0, dtype=kind), *found]).astype(kind)
-        for kind, found in (
-            (np.int32, [tokens for tokens, *_ in parts]),
-            (np.int32, [supervised for _, supervised, _ in parts]),
-            (np.int64, [np.full(len(tokens), begins) for tokens, _, begins in parts]),
-            (np.int32, [np.arange(len(tokens)) for tokens, *_ in parts]),
-        )
-    ]
+    nothing = np.zeros(0, dtype=np.int64)
+    columns = [np.concatenate(found) for found in zip((nothing,) * len(INDEX), *parts, strict=True)]
     with pa.OSFile(str(index_of(path)), "wb") as sink, pa.ipc.new_stream(sink, INDEX) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=INDEX))
     return len(columns[0])
@@ -149,7 +144,11 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 
 def _check_schema(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
     if not found.equals(wanted):
-        raise _damaged(path, f"it holds {', '.join(found.names) or 'no column'}, and wanted is {', '.join(wanted.names)}")
+        try:
+            names = ", ".join(found.names) or "no column"
+        except UnicodeDecodeError:
+            names = "columns whose names are no text"
+        raise _damaged(path, f"it holds {names}, and wanted is {', '.join(wanted.names)}")
 
 
 def _damaged(path: Path, why: Exception | str) -> ValueError:
@@ -169,7 +168,7 @@ class Rows(Sequence[dict[str, Any]]):
         if any(column.null_count for column in index.columns):
             raise self._unlike("the index has nulls")
         self.lengths, self.num_supervised, self._batches, self._places = (column.to_numpy() for column in index.columns)
-        """Tokens of each row, and supervised tokens of each, at least 1; views of the file. [rows] int32 each"""
+        """Tokens of each row, and supervised tokens of each, at least 1; views of the file. [rows] int64 each"""
         try:
             self._file = pa.memory_map(str(path)).read_buffer()
             schema = pa.ipc.open_stream(self._file).schema
@@ -334,14 +333,10 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
     return {str(f): sha256(f) for f in source_files(recipe)}
 
 
-def source_stats(recipe: Recipe) -> dict[str, dict[str, int | None]]:
-    """Size and time of the last change of every local source: if both are as they were, a later start does not read the file again.
-
-    A file that was changed a moment ago could be changed again within the same tick of the disk's clock: its time is null.
-    """
+def source_stats(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """Size and time of the last change of every local source: if both are as they were, a later start does not read the file again."""
     stats = {str(f): f.stat() for f in source_files(recipe)}
-    settled = time.time_ns() - 2 * 10**9
-    return {name: {"bytes": of.st_size, "mtime_ns": of.st_mtime_ns if of.st_mtime_ns < settled else None} for name, of in stats.items()}
+    return {name: {"bytes": of.st_size, "mtime_ns": of.st_mtime_ns} for name, of in stats.items()}
 
 
 def source_names(recipe: Recipe) -> list[str]:
@@ -422,7 +417,7 @@ def _is_manifest(values: dict[str, Any]) -> bool:
     splits, sets, ids = [counts.get(split) for split in ("train", "dev", "validation")], counts.get("sets"), markers.get("token_ids")
     return (
         all(isinstance(section, dict) for section in recipe.values())
-        and FILES <= files.keys()
+        and files.keys() >= FILES
         and all(isinstance(file, dict) and {"bytes", "sha256"} <= file.keys() for file in files.values())
         and all(isinstance(split, dict) and all(isinstance(n, int | float) for n in split.values()) for split in splits)
         and isinstance(counts.get("unit"), str)
@@ -449,9 +444,10 @@ def staleness(manifest: Mapping[str, Any], recipe: Recipe, verify: bool = False)
             if before[section][key] != after[section][key]:
                 return "{} was {!r} and is now {!r}".format(*_difference(f"{section}.{key}", before[section][key], after[section][key]))
     current = source_stats(recipe)
+    # A file that changed just before the manifest was written may have changed again since, within one tick of a coarse clock.
+    settled = (Path(recipe.data.prepared) / MANIFEST).stat().st_mtime_ns - TICK_NS
     for name, now in current.items():
-        then = manifest["source_stats"].get(name)
-        untouched = then == now and now["mtime_ns"] is not None and name in manifest["sources"]
+        untouched = manifest["source_stats"].get(name) == now and now["mtime_ns"] < settled
         if (verify or not untouched) and manifest["sources"].get(name) != sha256(Path(name)):
             return f"{name} has changed"
     for name in manifest["sources"]:

@@ -194,8 +194,8 @@ def prepare(
                     for key, piece in counted(results, counts[split], bad_rows, strict):
                         if (largest := max(piece.ids)) >= config.vocab_size:
                             raise ValueError(
-                                f"the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest:,}, but the embedding of "
-                                f"{recipe.model.base} has {config.vocab_size:,} rows: they are not of one model; fetch both again"
+                                f"the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest:,}, but the embedding "
+                                f"of {recipe.model.base} has {config.vocab_size:,} rows: they are not of one model; fetch both again"
                             )
                         pieces.add(key, piece.ids, piece.supervised)
                         if split == "train" and (example is None or _distance(piece) < _distance(example)):

@@ -10,6 +10,7 @@ Conversations, and before them the messages of trees (trees.py), lie in files wh
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -228,7 +229,8 @@ def _conversations(
         everything = progress(itertools.chain(head, rows), f"reading {name}" + (f" ({loaded_as})" if loaded_as != "all" else ""), None)
         good = _good(everything, found, source, selection, strict)
         if form == "oasst":
-            with Trees(good, folder, lambda bad: _leave_out(bad, found, selection, strict)) as trees:
+            leave_out = functools.partial(_leave_out, found=found, selection=selection, strict=strict)
+            with Trees(good, folder, leave_out) as trees:
                 conversations = trees.conversations(source.policy, source.filters, found.dropped)
                 yield loaded_as, iter(progress(conversations, f"trees of {name}", None))
         else:
