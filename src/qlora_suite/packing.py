@@ -39,13 +39,13 @@ def packed(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packing:
     room (having just become the fullest that has), then into the next row that was as full. So the loop below is over pairs of a length
     and a number of places left, of which there are at most row_length^2 / 2, however many conversations there are.
     """
-    sizes = np.asarray(lengths, dtype=np.int64)
+    sizes = np.asarray(lengths, dtype=None if isinstance(lengths, np.ndarray) else np.int64)
     if len(wrong := np.flatnonzero((sizes < 1) | (sizes > row_length))):
         # the longest first, as they are packed, for it is the one to look at
         index = wrong[np.argmax(sizes[wrong])]
         raise ValueError(f"example {index} has {sizes[index]} tokens; a row holds 1 to {row_length}")
     longest_first = np.argsort(-sizes, kind="stable")
-    row_of = np.empty(len(sizes), dtype=np.int64)  # of each, longest first
+    row_of = np.empty(len(sizes), dtype=np.int32)  # of each, longest first
     rows_with: dict[int, list[np.ndarray]] = {}  # places left -> numbers of the rows that have them
     lefts: list[int] = []  # its keys, rising
     num_rows = done = 0

@@ -133,8 +133,10 @@ def counted(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow]
 def write_rows(path: Path, pieces: Pieces, data: Data, counts: Counts) -> None:
     """Pieces as rows for training: packed, or one each."""
     lengths = pieces.lengths
-    each = np.arange(len(lengths))
-    members, ends = packed(lengths, data.max_length) if data.packing else (each, each + 1)
+    if data.packing:
+        members, ends = packed(lengths, data.max_length)
+    else:
+        members, ends = np.arange(len(lengths)), np.arange(1, len(lengths) + 1)
     counts.rows = len(ends)
     if counts.rows and data.packing:
         counts.padding_share = 1 - int(lengths.sum(dtype=np.int64)) / (counts.rows * data.max_length)
