@@ -537,7 +537,7 @@ def test_a_manifest_that_is_none_is_answered_with_the_command(script, make_recip
     prepared(script, recipe)
 
 
-@pytest.mark.parametrize("at", ["reading", "tokenising train", "tokenising dev", "checking validation"])
+@pytest.mark.parametrize("at", ["reading", "trees of", "tokenising train", "tokenising dev", "checking validation"])
 def test_an_interrupted_preparation_leaves_the_old_data(
     script, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
