@@ -646,7 +646,9 @@ def test_what_killed_processes_left_is_cleared_away_and_what_others_write_is_not
     aside = folder_aside(tmp_path / "p", "tmp")
     assert aside.is_dir()
     assert {name: (tmp_path / name).exists() for name in names} == names
+    selected = folder_aside(tmp_path / "p", "selected.tmp")
     assert folder_aside(tmp_path / "p", "tmp") == aside  # one that an earlier process of this number left
+    assert selected.is_dir(), "of this process too, and in use"
 
 
 def test_a_missing_folder_for_a_list_is_said_before_the_work(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def folder_aside(folder: Path, ending: str) -> Path:
     """A new hidden folder beside `folder`, of this process alone. Those of this machine's processes that were killed are removed."""
     of_here = f".{folder.name}.{platform.node()}-"
     for left in folder.parent.glob(f"{glob.escape(of_here)}*.{ending}"):
-        pid = left.name.removeprefix(of_here).partition(".")[0]
+        pid = left.name.removeprefix(of_here).removesuffix(f".{ending}")  # of x.selected.tmp, which is another's, it is no number
         if pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
             shutil.rmtree(left, ignore_errors=True)
     aside = folder.with_name(f"{of_here}{os.getpid()}.{ending}")
