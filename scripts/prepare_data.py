@@ -6,8 +6,8 @@
     python scripts/prepare_data.py recipes/my_chat_data.yaml --inspect chats.json      what is in a file, and what to write into a recipe
 
 Runs once, without a GPU, on all cores. Run again it says that the data is up to date, or makes it anew if the recipe or a
-source file has changed. Writes the recipe's data.prepared folder: train.arrow, dev.arrow, validation.arrow, bad_rows.jsonl, tokenizer/,
-manifest.json. Rows that cannot be used are left out, counted and named; --strict stops at the first.
+source file has changed. Writes the recipe's data.prepared folder: train.arrow, dev.arrow (and an index of each), validation.arrow,
+bad_rows.jsonl, tokenizer/, manifest.json. Rows that cannot be used are left out, counted and named; --strict stops at the first.
 """
 
 import os
@@ -74,7 +74,7 @@ def run(recipe: Recipe, ids: str | None = None, export: str | None = None, stric
             raise ValueError(f"{option}: there is no folder {Path(path).parent}; make it, or name another")
     manifest = None
     try:
-        manifest = dataset.load_manifest(recipe)
+        manifest = dataset.load_manifest(recipe, verify=True)
     except ValueError as why:
         say(f"preparing {recipe.data.prepared} ({str(why).partition(';')[0]})")
         check_replaceable(recipe)

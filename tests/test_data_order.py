@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_suite.batches import EMPTY, GROUP, Limit, Order, check_division, micro_batches, permutation
+from qlora_suite.batches import EMPTY, GROUP, POOL, Limit, Order, check_division, micro_batches, permutation
 
 GOLDEN = {
     "plain": [0, 2, 11, 9, 1, 8, 5, 4, 3, 10, 6, 7],
@@ -192,3 +192,15 @@ def test_a_share_that_does_not_divide_is_told_with_the_arithmetic() -> None:
     )
     with pytest.raises(ValueError, match=r"use 8$"):
         check_division(4, 2, 4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 511, 512, 513, 1030, 5000])
+def test_grouping_by_length_sorts_pools_and_shuffles_their_groups(num_rows: int) -> None:
+    """As it is said in words, one pool and one group after another: no run of before may find its rows in another order."""
+    lengths = np.random.default_rng(num_rows).integers(1, 60, num_rows)
+    order = permutation(3, 2, num_rows)
+    pools = [order[i : i + POOL] for i in range(0, num_rows, POOL)]
+    pools = [pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools]
+    groups = [pool[i : i + GROUP] for pool in pools for i in range(0, len(pool), GROUP)]
+    shuffled = np.argsort(np.random.Philox(key=[3, 5]).random_raw(len(groups)), kind="stable")
+    assert permutation(3, 2, num_rows, lengths.tolist()).tolist() == np.concatenate([groups[i] for i in shuffled]).tolist()

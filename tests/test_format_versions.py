@@ -39,7 +39,7 @@ def test_a_file_of_a_newer_format_is_refused_by_its_name(tmp_path: Path, name: s
 @pytest.mark.parametrize("step", [-1, 1], ids=["older", "newer"])
 def test_prepared_data_of_another_format_is_answered_with_the_command_that_makes_it_anew(make_recipe: MakeRecipe, step: int) -> None:
     recipe = load(make_recipe())
-    sections: dict[str, Any] = {key: {} for key in ("recipe", "sources", "files", "counts", "role_markers")}
+    sections: dict[str, Any] = {key: {} for key in ("recipe", "sources", "source_stats", "files", "counts", "role_markers")}
     Path(recipe.data.prepared).mkdir()
     write_json(Path(recipe.data.prepared) / dataset.MANIFEST, {**sections, "format_version": dataset.FORMAT_VERSION + step})
     with pytest.raises(ValueError, match=rf"has format {dataset.FORMAT_VERSION + step}, .*run: python scripts/prepare_data\.py"):

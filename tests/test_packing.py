@@ -34,6 +34,25 @@ def test_every_example_stands_in_exactly_one_row(lengths: list[int]) -> None:
     assert pack(lengths, 64) == rows
 
 
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 64).flatmap(lambda room: st.tuples(st.just(room), st.lists(st.integers(1, room), max_size=120))))
+def test_rows_are_those_that_placing_one_after_another_gives(drawn: tuple[int, list[int]]) -> None:
+    """Conversations of one length are placed together; that must not show."""
+    room, lengths = drawn
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [row for row in range(len(rows)) if left[row] >= lengths[index]]
+        if not fitting:
+            rows.append([])
+            left.append(room)
+            fitting = [len(rows) - 1]
+        row = min(fitting, key=lambda row: (left[row], row))
+        rows[row].append(index)
+        left[row] -= lengths[index]
+    assert pack(lengths, room) == rows
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=7))
 def test_rows_are_nearly_as_few_as_possible(lengths: list[int]) -> None:

@@ -23,7 +23,7 @@ from qlora_suite.chat import Renderer
 from qlora_suite.command_line import with_clear_errors
 from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import MANIFEST, Rows, load_manifest, read_conversations
-from qlora_suite.files import folder_aside
+from qlora_suite.files import folder_aside, read_json, write_json
 from qlora_suite.recipe import Recipe, curve_keys, names_files
 from qlora_suite.recipe_file import load
 from qlora_suite.rendered import Rendered
@@ -406,9 +406,9 @@ def test_a_folder_of_something_else_is_not_overwritten(script, make_recipe: Make
 # --- stale and damaged
 
 
-def complaint(recipe: Recipe) -> str:
+def complaint(recipe: Recipe, verify: bool = False) -> str:
     with pytest.raises(ValueError, match=r"run: python scripts/prepare_data\.py ") as caught:
-        load_manifest(recipe)
+        load_manifest(recipe, verify=verify)
     return str(caught.value)
 
 
@@ -469,18 +469,63 @@ def test_data_of_a_base_with_another_tokenizer_is_stale(script, make_recipe: Mak
     assert "tokenizer.json has changed" in complaint(recipe)
 
 
-@pytest.mark.parametrize("name", ["train.arrow", "dev.arrow", "validation.arrow", "tokenizer/tokenizer.json"])
-def test_one_flipped_bit_is_damage(script, make_recipe: MakeRecipe, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["train.arrow", "train.index.arrow", "dev.arrow", "dev.index.arrow", "validation.arrow", "tokenizer/tokenizer.json"]
+)
+def test_one_flipped_bit_is_found_on_request_and_a_lost_byte_at_every_start(script, make_recipe: MakeRecipe, name: str) -> None:
     recipe = load(make_recipe())
-    prepared(script, recipe)
+    before = prepared(script, recipe)
+    load_manifest(recipe, verify=True)
     path = Path(recipe.data.prepared) / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert f"is damaged: {name} does not have the hash" in complaint(recipe)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    assert f"is damaged: {name} does not have the hash" in complaint(recipe, verify=True)
+    assert load_manifest(recipe) == before, "a start looks at sizes; what it reads then is checked as it is read"
+    path.write_bytes(whole[:-1])
+    assert f"is damaged: {name} has {len(whole) - 1} bytes instead of {len(whole)}" in complaint(recipe)
     path.unlink()
     assert f"is damaged: {name} is missing" in complaint(recipe)
-    prepared(script, recipe)  # which repairs it
+    assert prepared(script, recipe) == before, "preparing again reads everything, and repairs it"
+
+
+def test_a_manifest_that_was_edited_is_not_the_one_that_was_written(script, make_recipe: MakeRecipe) -> None:
+    recipe = load(make_recipe())
+    manifest = prepared(script, recipe)
+    manifest["files"]["train.arrow"]["sha256"] = "0" * 64
+    write_json(Path(recipe.data.prepared) / MANIFEST, manifest)
+    assert f"{MANIFEST} is damaged: it does not have the hash it was written with" in complaint(recipe)
+
+
+def test_a_source_of_the_same_size_and_time_is_read_on_request_alone(
+    script, make_recipe: MakeRecipe, oasst_file: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copyfile(oasst_file, tmp_path / "messages.jsonl"))
+    long_ago = 1_600_000_000 * 10**9
+    os.utime(source, ns=(long_ago, long_ago))
+    recipe = load(make_recipe(f"data.source={source}"))
+    assert prepared(script, recipe)["source_stats"][str(source)] == {"bytes": source.stat().st_size, "mtime_ns": long_ago}
+    content = source.read_bytes()
+    source.write_bytes(content.replace(b"a", b"e", 1))
+    assert "messages.jsonl has changed" in complaint(recipe)
+    os.utime(source, ns=(long_ago, long_ago))  # as nobody does who means well
+    load_manifest(recipe)
+    assert "messages.jsonl has changed" in complaint(recipe, verify=True)
+    source.write_bytes(content)
+    load_manifest(recipe)  # another time, the same bytes
+    load_manifest(recipe, verify=True)
+
+
+def test_a_source_that_was_written_a_moment_before_is_read_again(script, make_recipe: MakeRecipe, oasst_file: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copyfile(oasst_file, tmp_path / "messages.jsonl"))
+    recipe = load(make_recipe(f"data.source={source}"))
+    prepared(script, recipe)
+    of_manifest = (Path(recipe.data.prepared) / MANIFEST).stat().st_mtime_ns
+    manifest = read_json(Path(recipe.data.prepared) / MANIFEST)
+    manifest["source_stats"][str(source)]["mtime_ns"] = of_manifest - 10**9
+    write_json(Path(recipe.data.prepared) / MANIFEST, dataset.sealed(manifest))
+    source.write_bytes(source.read_bytes().replace(b"a", b"e", 1))
+    os.utime(source, ns=(of_manifest - 10**9,) * 2)
+    assert "messages.jsonl has changed" in complaint(recipe)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1}'])
@@ -492,7 +537,7 @@ def test_a_manifest_that_is_none_is_answered_with_the_command(script, make_recip
     prepared(script, recipe)
 
 
-@pytest.mark.parametrize("at", ["reading", "tokenising train", "tokenising dev", "checking validation"])
+@pytest.mark.parametrize("at", ["reading", "trees of", "tokenising train", "tokenising dev", "checking validation"])
 def test_an_interrupted_preparation_leaves_the_old_data(
     script, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -601,7 +646,9 @@ def test_what_killed_processes_left_is_cleared_away_and_what_others_write_is_not
     aside = folder_aside(tmp_path / "p", "tmp")
     assert aside.is_dir()
     assert {name: (tmp_path / name).exists() for name in names} == names
+    selected = folder_aside(tmp_path / "p", "selected.tmp")
     assert folder_aside(tmp_path / "p", "tmp") == aside  # one that an earlier process of this number left
+    assert selected.is_dir(), "of this process too, and in use"
 
 
 def test_a_missing_folder_for_a_list_is_said_before_the_work(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:

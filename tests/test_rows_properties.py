@@ -13,6 +13,7 @@ from qlora_suite import dataset
 from qlora_suite.batches import EMPTY, Limit, Order, micro_batches
 from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.loss import collate
+from qlora_suite.pieces import Pieces
 from qlora_suite.preparation import write_rows
 from qlora_suite.selection import Counts
 
@@ -39,11 +40,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(st.lists(pieces(), min_size=1, max_size=30), st.booleans())
 def test_every_token_is_written_once_and_read_back_as_it_was(folder: Path, given_pieces: list[Any], packing: bool) -> None:
     counts = Counts()
-    with dataset.Pieces(folder / "pieces.arrow") as found:
+    with Pieces(folder) as found:
         for key, ids, flags in given_pieces:
             found.add(key, ids, flags)
         write_rows(folder / "train.arrow", found, SimpleNamespace(packing=packing, max_length=LENGTH), counts)
     rows = dataset.Rows(folder / "train.arrow")
+    assert sum(1 for _ in rows.check()) == 1
     assert counts.rows == len(rows) <= len(given_pieces)
     read = []
     for number in range(len(rows)):

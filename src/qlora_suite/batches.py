@@ -78,12 +78,13 @@ def permutation(seed: int, epoch: int, num_rows: int, lengths: Sequence[int] | N
     order = np.argsort(_random(seed, epoch, num_rows), kind="stable")
     if lengths is None:
         return order
-    sizes = np.asarray(lengths)
-    pools = [order[i : i + POOL] for i in range(0, num_rows, POOL)]
-    pools = [pool[np.argsort(-sizes[pool], kind="stable")] for pool in pools]
-    groups = [pool[i : i + GROUP] for pool in pools for i in range(0, len(pool), GROUP)]
-    shuffled = np.argsort(_random(seed, epoch, len(groups), stream=1), kind="stable")
-    return np.concatenate([groups[i] for i in shuffled])
+    pool = np.arange(num_rows) // POOL
+    order = order[np.lexsort((-np.asarray(lengths, dtype=np.int64)[order], pool))]  # lexsort is stable, and its last key comes first
+    groups = np.full(math.ceil(num_rows / GROUP) * GROUP, EMPTY)
+    groups[:num_rows] = order  # a pool is a whole number of groups, so that only the last group may be shorter
+    groups = groups.reshape(-1, GROUP)
+    shuffled = groups[np.argsort(_random(seed, epoch, len(groups), stream=1), kind="stable")].reshape(-1)
+    return shuffled[shuffled != EMPTY]
 
 
 def _random(seed: int, epoch: int, count: int, stream: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ nothing has to be searched for afterwards to find out where an answer begins.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -263,6 +263,8 @@ def broken_up(marker: str) -> str:
 
 def _byte_ends(text: str, char_ends: Iterable[int]) -> tuple[int, ...]:
     """UTF-8 bytes up to each of the places, which never go back."""
+    if text.isascii():
+        return tuple(accumulate(char_ends, max, initial=0))[1:]
     ends, done, num_bytes = [], 0, 0
     for end in char_ends:
         if end > done:

@@ -49,11 +49,11 @@ class Forest:
 
 
 def forest(rows: Iterable[Row]) -> Forest:
-    """The sound messages of some rows. Of two with one id the first is kept."""
+    """The sound messages of some rows, in memory (trees.py: of any number). Of two with one id the first is kept."""
     kept: dict[str, Row] = {}
     bad: list[tuple[Row, str, str]] = []
     for row in rows:
-        reason, key = _complaint(row.values) or ("", "")
+        reason, key = complaint(row.values) or ("", "")
         if not reason and row.values["message_id"] in kept:
             reason, key = "message_id stands twice", "message_id"
         if reason:
@@ -109,7 +109,7 @@ def split_of(group: str, share: float, salt: str) -> bool:
 # --- messages -> forest
 
 
-def _complaint(message: Message) -> tuple[str, str] | None:
+def complaint(message: Message) -> tuple[str, str] | None:
     """(why a message can stand in no tree, the key at which it is seen)"""
     for key in ("message_id", "message_tree_id", "text"):
         if not isinstance(message.get(key), str):

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qlora_suite import dataset, sources
@@ -18,8 +19,9 @@ from qlora_suite.conversations import Conversation
 from qlora_suite.files import file_table, folder_aside, hash_of, write_json
 from qlora_suite.model import load_config, load_tokenizer
 from qlora_suite.model_template import WAYS_TO_FAIL
-from qlora_suite.packing import pack
+from qlora_suite.packing import packed
 from qlora_suite.parallel import in_order
+from qlora_suite.pieces import Pieces
 from qlora_suite.recipe import Data, Recipe
 from qlora_suite.rendered import Rendered, shorten
 from qlora_suite.role_markers import add_role_markers
@@ -29,7 +31,9 @@ from qlora_suite.sources import BadRow
 
 TEMPLATE_SAMPLE = 200
 """Conversations on which the Jinja template is compared with our own ids."""
-PREPARED = {"train.arrow", "dev.arrow", "validation.arrow", "bad_rows.jsonl", "tokenizer", dataset.MANIFEST, ".DS_Store"}
+ROWS_AT_ONCE = 1000
+"""Rows of a record batch."""
+PREPARED = {*dataset.FILES, "bad_rows.jsonl", "tokenizer", dataset.MANIFEST, ".DS_Store"}
 """What a folder may hold that is replaced. A checkpoint has a manifest too."""
 
 
@@ -126,24 +130,17 @@ def counted(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow]
             yield one.conversation.key, piece
 
 
-def write_rows(path: Path, pieces: dataset.Pieces, data: Data, counts: Counts) -> None:
+def write_rows(path: Path, pieces: Pieces, data: Data, counts: Counts) -> None:
     """Pieces as rows for training: packed, or one each."""
-    rows = pack(pieces.lengths, data.max_length) if data.packing else [[i] for i in range(len(pieces.lengths))]
-    counts.rows = len(rows)
-    if rows and data.packing:
-        counts.padding_share = 1 - sum(pieces.lengths) / (len(rows) * data.max_length)
-
-    def records() -> Iterator[dict[str, Any]]:
-        for row in rows:
-            found = [pieces[i] for i in row]
-            yield {
-                "input_ids": [token for piece in found for token in piece["input_ids"]],
-                "supervised": [flag for piece in found for flag in piece["supervised"]],
-                "lengths": [pieces.lengths[i] for i in row],
-                "examples": [piece["key"] for piece in found],
-            }
-
-    dataset.write_table(path, records(), dataset.ROWS)
+    lengths = pieces.lengths
+    if data.packing:
+        members, ends = packed(lengths, data.max_length)
+    else:
+        members, ends = np.arange(len(lengths)), np.arange(1, len(lengths) + 1)
+    counts.rows = len(ends)
+    if counts.rows and data.packing:
+        counts.padding_share = 1 - int(lengths.sum(dtype=np.int64)) / (counts.rows * data.max_length)
+    dataset.write_row_batches(path, pieces.batches(members, ends, ROWS_AT_ONCE))
 
 
 def template_agreement(conversations: Iterable[Conversation], renderer: Renderer) -> dict[str, int]:
@@ -194,16 +191,17 @@ def prepare(
             kept = trimmed(selection.splits[split], counts[split], renderer.is_plain_text)
             kept = progress(kept, f"tokenising {split}", len(selection.splits[split]))
             workers = contextlib.closing(in_order(tokeniser, kept, len(selection.splits[split]), num_workers))
-            with workers as results, dataset.Pieces(aside / "pieces.arrow") as pieces:
-                for key, piece in counted(results, counts[split], bad_rows, strict):
-                    if (largest := max(piece.ids)) >= config.vocab_size:
-                        raise ValueError(
-                            f"the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest:,}, but the embedding of "
-                            f"{recipe.model.base} has {config.vocab_size:,} rows: they are not of one model; fetch both again"
-                        )
-                    pieces.add(key, piece.ids, piece.supervised)
-                    if split == "train" and (example is None or _distance(piece) < _distance(example)):
-                        example = piece
+            with Pieces(aside) as pieces:
+                with workers as results:
+                    for key, piece in counted(results, counts[split], bad_rows, strict):
+                        if (largest := max(piece.ids)) >= config.vocab_size:
+                            raise ValueError(
+                                f"the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest:,}, but the embedding "
+                                f"of {recipe.model.base} has {config.vocab_size:,} rows: they are not of one model; fetch both again"
+                            )
+                        pieces.add(key, piece.ids, piece.supervised)
+                        if split == "train" and (example is None or _distance(piece) < _distance(example)):
+                            example = piece
                 if split == "train" and example is None:
                     raise ValueError(f"no conversation is left to train on: {_where(selection)}")
                 write_rows(aside / f"{split}.arrow", pieces, recipe.data, counts[split])
@@ -220,10 +218,14 @@ def prepare(
                 table.add(dataset.conversation_record(one.conversation))
         write_bad_rows(aside / "bad_rows.jsonl", bad_rows)
         tokenizer.save_pretrained(aside / "tokenizer")
+        for _ in progress(dataset.check_rows(aside), "checking rows", None):
+            pass
+        stats = dataset.source_stats(recipe)  # before the hashes: what changes in between is seen at the next start
         manifest = {
             "format_version": dataset.FORMAT_VERSION,
             "recipe": dataset.recipe_part(recipe),
             "sources": {**dataset.source_hashes(recipe), **{k: v for one in recipe.data.each for k, v in sources.hub_commits(one).items()}},
+            "source_stats": stats,
             "tokenizer": tokenizer_hash(tokenizer),
             "role_markers": asdict(markers),
             "chat_template": agreement,
@@ -236,6 +238,7 @@ def prepare(
             },
             "files": file_table(aside, but=dataset.MANIFEST),
         }
+        manifest = dataset.sealed(json.loads(json.dumps(manifest)))  # as it will be read: a tuple is a list then
         write_json(aside / dataset.MANIFEST, manifest)
         if folder.exists():  # in one step: half of it, left by a kill and without its manifest, would be taken for somebody else's
             folder.rename(old)

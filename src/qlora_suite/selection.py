@@ -6,11 +6,11 @@
       -> duplicates           a conversation that is held out is not trained on
       -> max_examples, weight per data set, chosen by hashes
 
-The conversations lie in a file while this goes on; in memory there are some bytes for each. (OASST messages are the exception: trees
-are in no order in their file, so a data set of them is read whole.)
+Conversations, and before them the messages of trees (trees.py), lie in files while this goes on; in memory there are some bytes for each.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -30,6 +30,7 @@ from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.files import folder_aside
 from qlora_suite.recipe import Filters, Form, Recipe, Replies, Source
 from qlora_suite.sources import BadRow, Row
+from qlora_suite.trees import Trees
 
 SPLITS = ("train", "dev", "validation")
 BAD_ROWS_KEPT = 1000
@@ -190,7 +191,7 @@ def _select(recipe: Recipe, folder: Path, progress: Progress, strict: bool) -> S
     tables = {split: dataset.TableWriter(path, _SELECTED) for split, path in paths.items()}
     try:
         for number, source in enumerate(data.each):
-            for loaded_as, conversations in _conversations(recipe, source, selection, progress, strict):
+            for loaded_as, conversations in _conversations(recipe, source, selection, folder, progress, strict):
                 for conversation in conversations:
                     split = _split_of(conversation.group, loaded_as, source, data.dev_share)
                     selection.counts[split].conversations += 1
@@ -208,7 +209,7 @@ def _select(recipe: Recipe, folder: Path, progress: Progress, strict: bool) -> S
 
 
 def _conversations(
-    recipe: Recipe, source: Source, selection: Selection, progress: Progress, strict: bool
+    recipe: Recipe, source: Source, selection: Selection, folder: Path, progress: Progress, strict: bool
 ) -> Iterator[tuple[str, Iterator[Conversation]]]:
     """(how it was loaded: train, validation or all; its conversations), for each part of a data set."""
     name = source.source if isinstance(source.source, str) else ", ".join(source.source or ())
@@ -228,12 +229,10 @@ def _conversations(
         everything = progress(itertools.chain(head, rows), f"reading {name}" + (f" ({loaded_as})" if loaded_as != "all" else ""), None)
         good = _good(everything, found, source, selection, strict)
         if form == "oasst":
-            forest = oasst1.forest(good)
-            for bad in forest.bad_rows:
-                _leave_out(bad, found, selection, strict)
-            conversations, dropped = oasst1.conversations(forest.messages, source.policy, source.filters, forest.left_out)
-            found.dropped += dropped
-            yield loaded_as, iter(conversations)
+            leave_out = functools.partial(_leave_out, found=found, selection=selection, strict=strict)
+            with Trees(good, folder, leave_out) as trees:
+                conversations = trees.conversations(source.policy, source.filters, found.dropped)
+                yield loaded_as, iter(progress(conversations, f"trees of {name}", None))
         else:
             yield loaded_as, _chats(good, form, source, found, selection, strict)
 

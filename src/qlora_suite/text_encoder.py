@@ -4,6 +4,9 @@ from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
+SHORT, MOST_KNOWN = 16, 1000
+"""Characters of a text whose ids are kept, and how many are: what a format writes between all turns is encoded once."""
+
 
 class TextEncoder:
     """Raises ValueError for a tokenizer that tells no character offsets, or makes a control token of a message."""
@@ -12,6 +15,7 @@ class TextEncoder:
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} tells no character offsets; use a base with a tokenizer.json")
         self.tokenizer = tokenizer
+        self._known: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
         ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
         self.control_ids = frozenset(special - {tokenizer.unk_token_id} | ends - {None})  # a text may well be unknown
@@ -41,7 +45,18 @@ class TextEncoder:
         return ids, [*ends, len(text)] if ids else []
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, truncation=False, verbose=False
-        )
-        return encoded["input_ids"], encoded["offset_mapping"]
+        if (known := self._known.get(text)) is not None:
+            return known
+        rust = self.tokenizer.backend_tokenizer
+        if rust.truncation is None and rust.padding is None:
+            rust.encode_special_tokens = True  # every call of the tokenizer sets it anew, and each costs twice what a short text does
+            encoding = rust.encode(text, add_special_tokens=False)
+            found = encoding.ids, encoding.offsets
+        else:
+            encoded = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, truncation=False, verbose=False
+            )
+            found = encoded["input_ids"], encoded["offset_mapping"]
+        if len(text) <= SHORT and len(self._known) < MOST_KNOWN:
+            self._known[text] = found
+        return found

@@ -199,6 +199,12 @@ def of_one(content: bytes, draw: random.Random) -> bytes:
     return json.dumps(mutated_value(json.loads(content), draw)).encode()
 
 
+def of_manifest(content: bytes, draw: random.Random) -> bytes:
+    """With a hash that fits: whoever writes a wrong one can write that too."""
+    value = mutated_value(json.loads(content), draw)
+    return json.dumps(dataset.sealed(value) if isinstance(value, dict) else value).encode()
+
+
 def of_yaml(content: bytes, draw: random.Random) -> bytes:
     return yaml.safe_dump(mutated_value(yaml.safe_load(content), draw)).encode()
 
@@ -220,7 +226,7 @@ def kinds(folder: Path, recipe: Path) -> dict[str, Kind]:
     table = pa.Table.from_pylist([CHAT, CHAT, {"messages": [{"role": "user", "content": "only"}]}] * 5)
     pq.write_table(table, folder / "rows.parquet", row_group_size=5)
     manifest = json.loads((prepared / dataset.MANIFEST).read_text()) | {"recipe": dataset.recipe_part(here)}
-    (prepared / dataset.MANIFEST).write_text(json.dumps(manifest))
+    (prepared / dataset.MANIFEST).write_text(json.dumps(dataset.sealed(manifest)))
 
     def read_manifest(_: Path) -> None:
         from qlora_suite.funnel import reading_rows, split_rows
@@ -233,10 +239,23 @@ def kinds(folder: Path, recipe: Path) -> dict[str, Kind]:
         split_rows(found["counts"], True)
 
     def read_arrow(path: Path) -> None:
-        rows = dataset.Rows(path)
+        rows = dataset.Rows(folder / "train.arrow")
+        for _ in rows.check():
+            pass
         for number in range(len(rows)):
             collate([rows[number]], 0)
             rows.examples(number)
+
+    def read_rows_alone(path: Path) -> None:
+        """As a run does, which has not checked them before; what one row is refused for is no reason not to ask for the next."""
+        rows, refused = dataset.Rows(folder / "train.arrow"), None
+        for number in range(min(len(rows), 50)):
+            try:
+                collate([rows[number]], 0)
+            except ValueError as error:
+                refused = error
+        if refused:
+            raise refused
 
     def read_records(path: Path) -> None:
         """Whatever is damaged costs its own lines alone, and is no reason not to go on."""
@@ -258,8 +277,11 @@ def kinds(folder: Path, recipe: Path) -> dict[str, Kind]:
         "messages": Kind(written("flat.jsonl", lines(*FLAT)), read_rows, of_lines),
         "trees": Kind(written("trees.jsonl", lines(NESTED, NESTED | {"message_tree_id": "P9"})), read_rows, of_lines),
         "recipe": Kind(written("recipe.yaml", recipe.read_bytes()), lambda path: load(path) and None, of_yaml),
-        "manifest": Kind(prepared / dataset.MANIFEST, read_manifest, of_one),
+        "manifest": Kind(prepared / dataset.MANIFEST, read_manifest, of_manifest),
         "arrow": Kind(written("train.arrow", (prepared / "train.arrow").read_bytes()), read_arrow),
+        "arrow-rows": Kind(folder / "train.arrow", read_rows_alone),
+        "index": Kind(written("train.index.arrow", (prepared / "train.index.arrow").read_bytes()), read_arrow),
+        "index-rows": Kind(folder / "train.index.arrow", read_rows_alone),
         "conversations": Kind(
             written("validation.arrow", (prepared / "validation.arrow").read_bytes()), lambda p: dataset.read_conversations(p) and None
         ),
@@ -320,6 +342,7 @@ def trials(folder: str, recipe: str, names: list[str], per_kind: int, seconds: f
                 out.write(f"trying {of_trial}\n")
                 out.flush()
                 ended, complaint = complaint_about_trial(everything[name], original[name], of_trial)
+                everything[name].path.write_bytes(original[name])  # rows and their index are read together
                 ends[name, ended] += 1
                 if complaint:
                     out.write(f"WRONG {of_trial}: {complaint}\n")

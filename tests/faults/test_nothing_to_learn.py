@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,8 @@ def spoilt(folder: Path, change: Any) -> None:
         change(number, record)
     dataset.write_table(path, records, dataset.ROWS)
     manifest = read_json(folder / dataset.MANIFEST)
-    write_json(folder / dataset.MANIFEST, {**manifest, "files": file_table(folder, but=dataset.MANIFEST)})
+    table = file_table(folder, but=dataset.MANIFEST)
+    write_json(folder / dataset.MANIFEST, dataset.sealed({**manifest, "files": table}))
 
 
 def mask_row(number: int, record: dict[str, Any]) -> None:
@@ -103,19 +105,40 @@ def forget_the_flags(number: int, record: dict[str, Any]) -> None:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_prepared_rows_that_cannot_be_trained_on_are_refused_before_the_first_step(
+def test_a_prepared_row_that_cannot_be_trained_on_is_refused_when_it_is_read(
     make_recipe: MakeRecipe, tmp_path: Path, change: Any, words: str
 ) -> None:
     """Fault 17: hashes fit and labels do not. A whole step of them would have divided by zero after the others were trained on."""
     source = chats(tmp_path / "chats.jsonl", *SHORT)
     recipe = prepared(make_recipe(f"data.source={source}", *FEW, "train.rows_per_step=1", "train.max_steps=6"))
     spoilt(tmp_path / "prepared", change)
+    said = f"train.arrow is not what scripts/prepare_data.py writes: {words}; remove the folder and run it again"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        dataset.load_manifest(load(recipe), verify=True)
     ended = run("train.py", recipe, log=tmp_path / "log")
     assert ended.process.exitcode == 2, ended.output
-    said = " ".join(ended.output.split())
-    assert f"train.arrow is not what scripts/prepare_data.py writes: {words}; remove the folder and run it again" in said
-    assert "Traceback" not in said
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert said in " ".join(ended.output.split())
+    assert "Traceback" not in ended.output
+    if change is not mask_row:  # every row is spoilt: not one was trained on
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    else:
+        assert all(record["supervised_tokens"] > 0 for record in metrics(tmp_path / "run"))
+
+
+def test_an_index_that_tells_another_number_of_supervised_tokens_never_divides_a_loss(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """The step's loss is divided by what the index says before a row is read: where the two disagree, the loss would be wrong."""
+    source = chats(tmp_path / "chats.jsonl", *SHORT)
+    recipe = prepared(make_recipe(f"data.source={source}", *FEW, "train.rows_per_step=1", "train.max_steps=6"))
+    path = tmp_path / "prepared" / "train.index.arrow"
+    for column, words in (("supervised", "supervised tokens"), ("tokens", "tokens")):
+        records = dataset.read_table(path, dataset.INDEX).to_pylist()
+        dataset.write_table(path, [{**record, column: record[column] + 1} for record in records], dataset.INDEX)
+        ended = run("train.py", recipe, log=tmp_path / f"log of {column}")
+        dataset.write_table(path, records, dataset.INDEX)
+        assert ended.process.exitcode == 2, ended.output
+        said = f"train.arrow is not what scripts/prepare_data.py writes: the index tells another number of {words} than a row has"
+        assert said in " ".join(ended.output.split())
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_micro_batch_of_empty_places_alone_adds_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -161,5 +184,6 @@ def test_a_rank_with_nothing_but_empty_places_takes_part_and_adds_nothing(make_r
 
 def test_a_table_with_other_columns_is_named(tmp_path: Path) -> None:
     dataset.write_table(tmp_path / "t.arrow", [{"a": 1}], pa.schema([("a", pa.int64())]))
+    dataset.write_table(tmp_path / "t.index.arrow", [], dataset.INDEX)
     with pytest.raises(ValueError, match=r"t\.arrow is damaged: it holds a, and wanted is input_ids, supervised, lengths, examples"):
         dataset.Rows(tmp_path / "t.arrow")
