@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, PhiConfig
@@ -255,13 +256,14 @@ def _write_rows(source: Path, recipe: Recipe, rows: list[dict[str, Any]], seed: 
     places = range(len(rows))
     if seed is not None:
         places = np.argsort(_first_epoch(seed, len(rows)))
-    dataset.write_table(folder / "train.arrow", [{**rows[i], "input_ids": rows[i]["input_ids"].tolist()} for i in places], dataset.ROWS)
+    drawn = [{**rows[i], "input_ids": rows[i]["input_ids"].tolist()} for i in places]
+    dataset.write_row_batches(folder / "train.arrow", [pa.RecordBatch.from_pylist(drawn, schema=dataset.ROWS)])
     manifest = read_json(folder / dataset.MANIFEST)
     (folder / dataset.MANIFEST).unlink()
     tokens, supervised = sum(len(row["input_ids"]) for row in rows), sum(int(row["supervised"].sum()) for row in rows)
     manifest["counts"]["train"].update(rows=len(rows), tokens=tokens, supervised=supervised)
     manifest.update(recipe=dataset.recipe_part(recipe), files=file_table(folder, but=dataset.MANIFEST))
-    write_json(folder / dataset.MANIFEST, manifest)
+    write_json(folder / dataset.MANIFEST, dataset.sealed(manifest))
 
 
 def _first_epoch(seed: int, num_rows: int) -> list[int]:

@@ -156,10 +156,9 @@ def test_ours_computes_no_more_than_a_packed_row_takes(work: Path, counted: Coun
     assert needed < counted("ours", "fp32")["counts"]["flops_per_token"] < 1.05 * (needed + whole)
 
 
-def test_ours_waits_for_the_device_a_few_times_a_micro_batch(counted: Counted) -> None:
-    """Today's number, to go down: four a micro-batch (the columns and the mask of the loss, packed positions) and a few a step."""
+def test_ours_waits_for_the_device_once_a_step(counted: Counted) -> None:
     counts = counted("ours", "fp32")["counts"]
-    assert 0 < counts["syncs_per_step"] <= 8 + 6 * counts["micro_batches_per_step"], counts["sync_places"]
+    assert counts["syncs_per_step"] == 1, counts["sync_places"]
 
 
 def test_trl_waits_more_often(counted: Counted) -> None:

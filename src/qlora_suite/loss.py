@@ -41,7 +41,9 @@ class Batch:
     """[supervised] int64: the tokens that they should predict"""
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+        sent = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "boundaries"}
+        # a GPU's kernel reads them there; a CPU's loop is the host's
+        return Batch(**sent, boundaries=self.boundaries if device.type == "cpu" else self.boundaries.to(device, non_blocking=True))
 
 
 def collate(rows: Sequence[Mapping[str, Any] | None], pad_id: int, all_supervised: bool = False) -> Batch:
