@@ -35,7 +35,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     args = read_arguments(parser, read_recipe)
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -115,6 +115,9 @@ def preflight(
     if skeleton is not None:
         longest = int(rows.lengths.max()) if rows is not None else recipe.data.max_length
         parts = memory_estimate.stored(skeleton, recipe.optim.name, where.engine, where.processes)
+        parts += memory_estimate.copies(skeleton, where.engine, memory)
+        if where.engine == compatibility.ZERO3:  # which gathers the weights of one module at a time
+            skeleton = replace(skeleton, speed=skeleton.speed.model_copy(update={"lora": "plain"}))
         per_rank = max(1, recipe.train.rows_per_step // where.processes)
         estimate = memory_estimate.suggested(skeleton, parts, recipe.train, per_rank, longest, memory, where.cpu)
         possible = rows is not None and named is None and where.engine in (compatibility.ONE, compatibility.DDP)

@@ -222,7 +222,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 learning_rate = lr_at(step, recipe.optim, num_steps)
                 engine.set_lr(learning_rate)
                 signs = run.signs(state, stop, time.monotonic() - began, time.monotonic() - last_save)
-                loss_sum, grad_norm, *counts = engine.totals(losses, *signs)  # the only time in a step that the GPU is waited for
+                loss_sum, grad_norm, *counts = engine.totals(losses, *signs)  # the one time in a step that the host waits for the GPU
                 loss, seen = loss_sum / num_tokens, run_folder.Signs.of(counts)
                 found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
                 applied = is_applied(found, recipe.optim)

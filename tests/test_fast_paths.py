@@ -1,5 +1,7 @@
 """The faster ways of computing a step give the plain way's loss and gradients, on every kind of model, and keep and ask for less."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +221,7 @@ def test_generation_and_logits_are_as_they_were(folders: dict[str, Path]) -> Non
 
 def test_a_model_that_computes_otherwise_is_told_by_trial(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way is broken by hand: nobody but the trial could know."""
-    real_attention, real_outputs = packed_attention._one_by_one, fast_paths.fused_lora._outputs
+    real_attention, real_outputs, real_loss = packed_attention._one_by_one, fast_paths.fused_lora._outputs, tiled_head._SummedLoss.apply
     breaks = {
         "attention": (
             packed_attention,
@@ -227,20 +229,77 @@ def test_a_model_that_computes_otherwise_is_told_by_trial(folders: dict[str, Pat
             lambda q, k, v, ends, scale: real_attention(q, k, v, torch.cat([ends[..., :1], ends[..., 2:]], -1), scale),
         ),
         "lora": (fast_paths.fused_lora, "_outputs", lambda x, layers, dtype: [1.1 * y for y in real_outputs(x, layers, dtype)]),
-        "head": (nn.functional, "cross_entropy", _sharper(nn.functional.cross_entropy)),
+        "head": (tiled_head._SummedLoss, "apply", lambda *args: 1.1 * real_loss(*args)),
     }
     for lever, (module, name, broken) in breaks.items():
         plain = gradients(adapted(folders["phi"], "none", torch.float32)[0])
         net, base = adapted(folders["phi"], "none", torch.float32)
         with monkeypatch.context() as patch:
             patch.setattr(module, name, broken)
-            assert vars(take(net, base, **{lever: "auto"}))[lever] == DIFFERS, lever
+            told = vars(take(net, base, **{lever: "auto"}))[lever]
+        assert told == ("a mask made once a batch" if lever == "attention" else DIFFERS), lever  # the second choice
         assert_same(gradients(net), plain, 1e-7)
 
 
-def _sharper(real: Any) -> Any:
-    """Only where a tile's loss is summed at once, which the plain way does not."""
-    return lambda x, y, reduction: real(1.1 * x if reduction == "sum" else x, y, reduction=reduction)
+def test_the_trial_sees_a_wrong_gradient_where_lora_b_is_zero_still(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is when a run begins: then nothing of lora_A's gradient is there."""
+    real = fast_paths.fused_lora._LoraLinears.backward
+
+    def wrong(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        of_x, *nothing, first, second = (found := real(ctx, *given))[:6]
+        return of_x, *nothing, 5 * first, second, *found[6:]
+
+    monkeypatch.setattr(fast_paths.fused_lora._LoraLinears, "backward", staticmethod(wrong))
+    base = load_base(Model(base=str(folders["phi"]), quantization="none"), torch.float32, CPU)
+    net = add_adapter(base, Adapter(rank=4), (), train_head_rows=False)
+    assert take(net, base, lora="auto").lora == DIFFERS
+    assert not any(p.any() for name, p in net.named_parameters() if "lora_B" in name), "it leaves lora_B as it was"
+
+
+def test_a_pass_that_ends_within_a_layer_leaves_no_graph_behind(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory in the attention, between q, k, v and fc1: what is tried next must find the memory free."""
+    net, base = adapted(folders["phi"], "none", torch.float32)
+    take(net, base, lora="auto")
+    alive: list[weakref.ref] = []
+    base.model.layers[0].register_forward_hook(lambda _m, _a, out: alive.append(weakref.ref(out)))
+
+    def short(*_: Any, **__: Any) -> None:
+        if alive:  # in the second layer
+            raise torch.OutOfMemoryError("no room")
+        return real(*_, **__)
+
+    real = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        summed_loss(net, batch())
+    gc.collect()
+    assert alive[0]() is None
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["frozen head", "trained head"])
+def test_fp16_neither_overflows_nor_vanishes_in_the_head(folders: dict[str, Path], whole: bool) -> None:
+    """Thousands of tokens, half of them one and the same: sums over them stay within 65,504, and small gradients are there."""
+    length = 2048
+    ids = torch.where(torch.arange(length) % 2 == 0, 5, torch.arange(length) * 7919 % VOCABULARY)
+    given = collate(
+        [{"input_ids": ids[i : i + 128], "supervised": [False] * 128, "lengths": [128]} for i in range(0, length, 128)], 0, True
+    )
+    found = []
+    for head in ("plain", "auto"):
+        if whole:
+            net = base = load_base(Model(base=str(folders["phi"]), quantization="none"), torch.float32, CPU).requires_grad_(True)
+        else:
+            net, base = adapted(folders["phi"], "none", torch.float16)
+        take(net, base, torch.float16, head=head)
+        net.zero_grad()
+        with autocast(CPU, torch.float16):
+            loss = summed_loss(net, given)
+        (loss * 0.25).backward()
+        found.append({name: p.grad for name, p in net.named_parameters() if p.requires_grad and p.grad is not None})
+    assert all(gradient.isfinite().all() for gradient in found[1].values())
+    for name, gradient in found[1].items():
+        if found[0][name].isfinite().all():
+            assert (gradient - found[0][name]).norm() <= 2e-2 * max(found[0][name].norm(), 1e-3), name
 
 
 @pytest.mark.parametrize("adapter", [{"dropout": 0.5}, {"dora": True}])

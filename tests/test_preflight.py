@@ -23,7 +23,7 @@ from qlora_suite.memory_estimate import Component, Estimate, Limit, Step
 from qlora_suite.model import load_config
 from qlora_suite.module_table import Skeleton, Stored
 from qlora_suite.preflight_checks import Finding, Place
-from qlora_suite.recipe import Recipe
+from qlora_suite.recipe import Recipe, Speed
 from qlora_suite.recipe_file import load
 
 T4 = ROOT / "accelerate_configs" / "single_t4.yaml"
@@ -280,10 +280,12 @@ def test_what_the_data_would_not_teach_is_said(ready: Path) -> None:
 
         def __init__(self, path: Path) -> None:
             super().__init__(path)
-            self.num_supervised = self.num_supervised * 0
+            self.learnt, self.num_supervised = self.num_supervised, self.num_supervised * 0
 
         def __getitem__(self, row: int) -> dict[str, Any]:
+            self.num_supervised = self.learnt  # with which a row is compared as it is read
             found = super().__getitem__(row)
+            self.num_supervised = self.learnt * 0
             return {**found, "supervised": found["supervised"] & False}
 
     nothing = found(rows=Unlearnt(Path(recipe.data.prepared) / "train.arrow"))
@@ -374,7 +376,8 @@ def test_hours_come_from_an_earlier_run_and_other_hardware_is_said(look: Look, f
 def test_a_tabled_rate_is_of_models_of_its_size_and_names_its_source() -> None:
     def skeleton(width: int) -> Skeleton:
         trained = {"layers.0.lora_A.default.weight": (16, width)}
-        return Skeleton(torch.nn.Module(), None, (Stored("layers.0.fc1", (width, width), "nf4", 0),), 0, trained, torch.float16)
+        weights = (Stored("layers.0.fc1", (width, width), "nf4", 0),)
+        return Skeleton(torch.nn.Module(), None, weights, 0, trained, torch.float16, Speed())
 
     kept, recomputed = (preflight_checks.tabled_rate(skeleton(51_200), cards.named("t4"), on) for on in (False, True))
     assert "notebook" in kept.source

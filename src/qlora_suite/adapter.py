@@ -1,6 +1,7 @@
 """The LoRA adapter: where it goes, whether it went everywhere it should, and how large it is. The one place that knows PEFT."""
 
 import re
+import types
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
@@ -110,6 +111,7 @@ def add_adapter(model: PreTrainedModel, adapter: recipes.Adapter, token_ids: tup
     peft_model = get_peft_model(model, config)
     if token_ids:
         _start_from_the_mean(peft_model)
+        _keep_token_ids_on_device(peft_model)
     for name, parameter in peft_model.named_parameters():
         assert not parameter.requires_grad or parameter.dtype == torch.float32, f"{name} is {parameter.dtype}; the fp16 scaler needs fp32"
     return peft_model
@@ -225,6 +227,26 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 def _path_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _keep_token_ids_on_device(peft_model: PeftModel) -> None:
+    """PEFT sends the numbers of the trained rows to the device in every forward pass, and the host waits for it each time."""
+    for layer in peft_model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            device = layer.get_base_layer().weight.device
+            layer.rows_on_device = {name: torch.tensor(ids, device=device) for name, ids in layer.token_indices.items()}
+            layer.get_merged_weights = types.MethodType(_with_trained_rows, layer)
+
+
+def _with_trained_rows(layer: TrainableTokensLayer, active_adapters: list[str]) -> torch.Tensor:
+    """The base's rows with the trained ones in their places, as PEFT's own. [rows, width]"""
+    weight = layer.get_base_layer().weight
+    for name in active_adapters:
+        rows = layer.rows_on_device[name]
+        if rows.device != weight.device:  # the model has moved
+            rows = layer.rows_on_device[name] = rows.to(weight.device)
+        weight = weight.index_copy(0, rows, layer.trainable_tokens_delta[name].to(weight))
+    return weight
 
 
 def _start_from_the_mean(peft_model: PeftModel) -> None:

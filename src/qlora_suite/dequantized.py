@@ -19,8 +19,8 @@ ROOM = 0.25
 
 
 def is_4bit(module: nn.Module) -> bool:
-    """bitsandbytes' Linear4bit, whose weight knows how it is packed; FSDP2 takes that from the weight, and the module still knows."""
-    return any(getattr(place, "quant_state", None) is not None for place in (getattr(module, "weight", None), module))
+    """Is it bitsandbytes' Linear4bit? Told by its name, for to import bitsandbytes takes seconds."""
+    return isinstance(module, nn.Linear) and type(module).__name__ == "Linear4bit"
 
 
 def weight_of(module: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -32,7 +32,10 @@ def weight_of(module: nn.Module, dtype: torch.dtype) -> Tensor:
         return module.weight.to(dtype)
     from bitsandbytes.functional import dequantize_4bit
 
+    # FSDP2 takes the state from the weight, and the module still knows it; the skeleton of an estimate has none
     state = getattr(module.weight, "quant_state", None) or module.quant_state
+    if state is None:
+        return module.weight.to(dtype)
     return dequantize_4bit(module.weight.view(-1, 1), state).to(dtype)
 
 
@@ -40,13 +43,20 @@ def keep_copies(net: nn.Module, dtype: torch.dtype) -> int:
     """Unpack every 4-bit weight once, in the type that is computed in. Returns the bytes that this takes."""
     taken = 0
     for module in net.modules():
-        if not isinstance(module, nn.Linear) or not is_4bit(module):
+        if not is_4bit(module):
             continue
         with torch.no_grad():
             module.unpacked = weight_of(module, dtype)
         taken += module.unpacked.nbytes
         module.forward = types.MethodType(_forward, module)
     return taken
+
+
+def drop_copies(net: nn.Module) -> None:
+    """Undo `keep_copies`, however far it has come."""
+    for module in net.modules():
+        if vars(module).pop("unpacked", None) is not None:
+            vars(module).pop("forward", None)
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
@@ -57,7 +67,7 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 def bytes_of_copies(net: nn.Module, dtype: torch.dtype) -> int:
     """What `keep_copies` would take."""
-    weights = [m.weight for m in net.modules() if isinstance(m, nn.Linear) and is_4bit(m)]
+    weights = [m.weight for m in net.modules() if is_4bit(m)]
     return sum(map(logical_size, weights)) * dtype.itemsize
 
 

@@ -13,7 +13,7 @@ that of Unsloth's and axolotl's LoRA kernels, which know the layers of certain m
 watching a forward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +24,25 @@ from torch import Tensor, nn
 from qlora_suite.dequantized import is_4bit, weight_of
 
 
-def use(net: nn.Module, groups: Sequence[Sequence[LoraLayer]]) -> None:
-    """Compute each group at the call of its first layer. `groups_of` finds them."""
+def use(net: nn.Module, groups: Sequence[Sequence[LoraLayer]]) -> Callable[[], None]:
+    """Compute each group at the call of its first layer. `Watched` finds them. Returns what takes it back."""
+    waiting: dict[LoraLayer, tuple[Tensor, Tensor]] = {}  # computed at the first one's call, for the others
     for group in groups:
-        waiting: dict[LoraLayer, tuple[Tensor, Tensor]] = {}  # computed at the first one's call, for the others
         for layer in group:
             _fuse(layer, tuple(group), waiting)
+    # a pass that ends between two layers of a group, out of memory, must not leave its graph behind
+    handles = [
+        net.register_forward_pre_hook(lambda *_: waiting.clear()),
+        net.register_forward_hook(lambda *_: waiting.clear(), always_call=True),
+    ]
 
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+        for layer in (layer for group in groups for layer in group):
+            del layer.forward
 
-def stop_using(groups: Sequence[Sequence[LoraLayer]]) -> None:
-    for layer in (layer for group in groups for layer in group):
-        del layer.forward
+    return stop
 
 
 def can_be_fused(module: nn.Module) -> bool:
@@ -55,7 +63,11 @@ class Watched:
         self._calls: list[tuple[LoraLayer, Tensor]] = []
 
     def __enter__(self) -> "Watched":
-        self._handles = [m.register_forward_pre_hook(lambda m, args: self._calls.append((m, args[0]))) for m in self._layers]
+        def note(layer: LoraLayer, args: tuple) -> None:
+            if args:  # a layer that is called otherwise is left as it is
+                self._calls.append((layer, args[0]))
+
+        self._handles = [layer.register_forward_pre_hook(note) for layer in self._layers]
         return self
 
     def __exit__(self, *_: object) -> None:

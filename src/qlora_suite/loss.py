@@ -41,9 +41,10 @@ class Batch:
     """[supervised] int64: the tokens that they should predict"""
 
     def to(self, device: torch.device) -> "Batch":
-        sent = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "boundaries"}
-        # a GPU's kernel reads them there; a CPU's loop is the host's
-        return Batch(**sent, boundaries=self.boundaries if device.type == "cpu" else self.boundaries.to(device, non_blocking=True))
+        if device.type == "cpu":  # the loop over boundaries is the host's
+            sent = {name: value.to(device) for name, value in vars(self).items() if name != "boundaries"}
+            return Batch(**sent, boundaries=self.boundaries)
+        return Batch(**{name: value.pin_memory().to(device, non_blocking=True) for name, value in vars(self).items()})
 
 
 def collate(rows: Sequence[Mapping[str, Any] | None], pad_id: int, all_supervised: bool = False) -> Batch:

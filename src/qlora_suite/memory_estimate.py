@@ -24,11 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from qlora_suite import compatibility
+from qlora_suite import compatibility, fused_lora, packed_attention, tiled_head
 from qlora_suite.adapter import IN_A_LAYER
 from qlora_suite.batches import Limit
+from qlora_suite.dequantized import ROOM
 from qlora_suite.engine import autocast
-from qlora_suite.loss import collate, summed_loss
+from qlora_suite.loss import Batch, collate, summed_loss
 from qlora_suite.micro_batch import CPU_TOKENS, HEADROOM, by_speed, in_words, set_checkpointing
 from qlora_suite.module_table import Skeleton, Stored
 from qlora_suite.recipe import Train
@@ -110,7 +111,7 @@ def stored(skeleton: Skeleton, optimizer: str, engine: str, processes: int) -> l
         found.append(Component("buffers", skeleton.buffers, "rotary frequencies and the like"))
     how, size = f"{num:,} x 4 B", 4 * num
     if engine == compatibility.DDP:
-        how, size = f"{how}, and as much in DDP's buckets", 2 * size
+        how = f"{how}, in DDP's buckets"
     elif engine == compatibility.ZERO2:
         bucket = 4 * min(num, BUCKET)
         how, size = f"{how}, ZeRO's bucket and this GPU's part", size + bucket + _share(4 * num, processes)
@@ -127,6 +128,16 @@ def stored(skeleton: Skeleton, optimizer: str, engine: str, processes: int) -> l
     if gathered := _gathered(skeleton, engine, processes):
         found.append(gathered)
     return found
+
+
+def copies(skeleton: Skeleton, engine: str, memory: int | None) -> list[Component]:
+    """Of the 4-bit weights in the type that is computed in, where they would be kept; `memory`: of the card, if it is known."""
+    num = sum(one.parameters for one in skeleton.weights if one.how == "nf4")
+    size, wanted = num * skeleton.dtype.itemsize, skeleton.speed.dequantize_once
+    sharded = engine in (compatibility.ZERO3, compatibility.FSDP2)
+    if not num or sharded or wanted is False or (wanted == "auto" and (memory is None or size > ROOM * memory)):
+        return []
+    return [Component("copies of 4-bit weights", size, f"{num:,} x {skeleton.dtype.itemsize} B (speed.dequantize_once)")]
 
 
 def _base(skeleton: Skeleton, shards: int) -> list[Component]:
@@ -171,6 +182,10 @@ def _over(parts: int) -> str:
 
 
 # ---- what a step needs: the real model on tensors without memory --------------------------------------------------------------------
+
+
+CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Of a config: the model does something to its logits after the head (Gemma 2, Cohere, Granite, Falcon-H1)."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -219,6 +234,7 @@ def measured(net: nn.Module, head: nn.Module, loss: Callable[[], Tensor]) -> Ste
 
     known = [*net.parameters(), *net.buffers(), *(p.grad for p in net.parameters() if p.grad is not None)]
     known += [t for p in net.parameters() if (state := getattr(p, "quant_state", None)) is not None for t in _tensors_of(state)]
+    known += [module.unpacked for module in net.modules() if "unpacked" in vars(module)]
     handle = head.register_forward_pre_hook(at_the_head, with_kwargs=True)
     try:
         with LiveBytes(known) as live:
@@ -245,8 +261,30 @@ def traced(skeleton: Skeleton, rows: int, length: int, checkpointing: float, cud
     set_checkpointing(base, checkpointing)
     row = {"input_ids": [0] * length, "supervised": [False] * length, "lengths": [length]}
     batch = collate([row] * rows, pad_id=0, all_supervised=True)
-    with FakeTensorMode(allow_non_fake_inputs=True), _fake_weights(net), _stand_ins(net, dtype, cuda), _computing_in(dtype, cuda):
+    without_memory = (FakeTensorMode(allow_non_fake_inputs=True), _fake_weights(net), _stand_ins(net, dtype, cuda))
+    with contextlib.ExitStack() as stack:
+        for context in (*without_memory, _computing_in(dtype, cuda), _faster(skeleton, batch, cuda)):
+            stack.enter_context(context)
         return measured(net, base.get_output_embeddings(), lambda: summed_loss(net, batch))
+
+
+@contextlib.contextmanager
+def _faster(skeleton: Skeleton, batch: Batch, cuda: bool) -> Iterator[None]:
+    """As fast_paths.take, without its trial. Cards that compute in bf16 have the kernel for attention, the others keep a mask."""
+    net, head = skeleton.net, skeleton.base.get_output_embeddings()
+    config = skeleton.base.config.get_text_config()
+    with contextlib.ExitStack() as stack:
+        by_itself = not cuda or skeleton.dtype == torch.bfloat16
+        if skeleton.speed.attention == "auto" and packed_attention.use(skeleton.base, batch.input_ids.shape[1], by_itself):
+            stack.callback(packed_attention.stop_using, skeleton.base)
+        if skeleton.speed.lora == "auto":
+            with fused_lora.Watched(net) as watched, torch.no_grad():
+                summed_loss(net, batch)
+            stack.callback(fused_lora.use(net, watched.groups()))
+        if skeleton.speed.head == "auto" and not any(getattr(config, key, None) for key in CHANGED_LOGITS):
+            tiled_head.use(head, config.vocab_size)
+            stack.callback(tiled_head.stop_using, head)
+        yield
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_suite.adapter import IN_A_LAYER, add_adapter
 from qlora_suite.model import load_config, prepare_config
-from qlora_suite.recipe import Recipe
+from qlora_suite.recipe import Recipe, Speed
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Of bitsandbytes: weights that share a scale, and scales that share a scale under double quantisation."""
@@ -55,6 +55,8 @@ class Skeleton:
     """Name -> shape of each trained parameter, all of them fp32."""
     dtype: torch.dtype
     """What is computed in."""
+    speed: Speed
+    """Which of the faster ways may be taken."""
 
     @property
     def num_trained(self) -> int:
@@ -82,7 +84,7 @@ def build(recipe: Recipe, markers: Mapping[str, Any] | None, dtype: torch.dtype)
     Raises ValueError if there is no config, or the adapter's targets do not cover the model.
     """
     config = load_config(recipe.model)
-    prepare_config(config)
+    prepare_config(config, recipe.speed.gelu == "auto")
     everything = recipe.adapter == "none"
     stored_in = torch.float32 if everything or recipe.model.random_init else dtype
     config.quantization_config = None  # of a base that is quantised already; how it is held is the recipe's to say
@@ -103,7 +105,7 @@ def build(recipe: Recipe, markers: Mapping[str, Any] | None, dtype: torch.dtype)
         net = add_adapter(base, recipe.adapter.model_copy(update={"init": "default"}), ids, targets)
     buffers = sum({b.untyped_storage()._cdata: b.untyped_storage().nbytes() for b in net.buffers()}.values())
     trained = {name: tuple(p.shape) for name, p in net.named_parameters() if p.requires_grad}
-    return Skeleton(net, base, weights, buffers, trained, dtype)
+    return Skeleton(net, base, weights, buffers, trained, dtype, recipe.speed)
 
 
 def rows(skeleton: Skeleton) -> list[Row]:

@@ -47,17 +47,22 @@ def boundaries_of(lengths: list[list[int]], places: int) -> Tensor:
     return torch.tensor(ends, dtype=torch.int32)[None, None, None]
 
 
-def use(model: PreTrainedModel, dtype: torch.dtype, longest: int) -> str:
-    """Let the model's attention take what `mask_for` gives. `longest`: tokens of the longest row.
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Can conversations be taken one by one there? By a loop on a CPU, by torch's varlen kernel on a GPU."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return dtype != torch.float32 and torch.cuda.get_device_capability(device) >= VARLEN_CAPABILITY
+
+
+def use(model: PreTrainedModel, longest: int, by_itself: bool) -> str:
+    """Let the model's attention take what `mask_for` gives. `longest`: tokens of the longest row; `by_itself`: needs `has_kernel`.
 
     Returns in a few words what it does; nothing if it has a window or a cap, or is none of torch's: then all is as it was.
     """
     config = model.config.get_text_config()
-    device = next(model.parameters()).device
     windows = [getattr(config, key, None) or longest for key in ("sliding_window", "attention_chunk_size")]
     if config._attn_implementation != "sdpa" or min(windows) < longest or getattr(config, "attn_logit_softcapping", None):
         return ""
-    by_itself = device.type == "cpu" or (torch.cuda.get_device_capability(device) >= VARLEN_CAPABILITY and dtype != torch.float32)
     name, function = (BY_ITSELF, _attention) if by_itself else (MASKED, sdpa_attention_forward)
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -72,15 +77,18 @@ def stop_using(model: PreTrainedModel) -> None:
 def mask_for(model: nn.Module, boundaries: Tensor, position_ids: Tensor) -> Tensor | None:
     """What to give to this model as its attention mask. `model` may be wrapped by an adapter and an engine.
 
-    The mask of a T4: [rows, 1, places, places] bool, true where the place of the row may look at that of the column.
+    The mask of a T4: [rows, 1, places, places], 0 where the place of the row may look at that of the column and -inf elsewhere, in the
+    type that is computed in: a mask of true and false would be turned into one of these in every layer, and kept there.
     """
-    name = next(m for m in model.modules() if isinstance(m, PreTrainedModel)).config.get_text_config()._attn_implementation
+    base = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    name = base.config.get_text_config()._attn_implementation
     if name == BY_ITSELF:
         return boundaries
     if name != MASKED:
         return None
     conversation, place = (position_ids == 0).cumsum(dim=1), torch.arange(position_ids.shape[1], device=position_ids.device)
-    return ((conversation[:, :, None] == conversation[:, None, :]) & (place[:, None] >= place))[:, None]
+    allowed = (conversation[:, :, None] == conversation[:, None, :]) & (place[:, None] >= place)
+    return torch.zeros_like(allowed, dtype=base.dtype).masked_fill_(~allowed, -torch.inf)[:, None]
 
 
 def _attention(
@@ -114,7 +122,7 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, s
     if key.shape[1] != heads:
         key, value = (repeat_kv(t, heads // key.shape[1]) for t in (key, value))
     lengths: list[list[int]] = [[] for _ in range(rows)]
-    for start, end in pairwise(boundaries.flatten().tolist()):
+    for start, end in pairwise(boundaries.tolist()[0][0][0]):
         lengths[start // places].append(end - start)
     attended = []
     for row in range(rows):  # split, not slices: its backward pass is one concatenation

@@ -32,7 +32,7 @@ def pack(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]
 def packed(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packing:
     """Best-fit decreasing: the longest first, each into the fullest row that still has room (of equally full ones the first).
 
-    Every index stands in exactly one row. At most 11/9 of the best possible number of rows (Johnson, 1973). Raises ValueError for a
+    Every index stands in exactly one row. At most 11/9 of the best possible number of rows, and 4 (Johnson, 1973). Raises ValueError for a
     length that no row can hold.
 
     Conversations of one length are placed together, in arrays, for where one goes the next ones go, too: into the same row while it has

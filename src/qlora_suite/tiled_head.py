@@ -20,7 +20,11 @@ from torch import Tensor, nn
 LOGITS_PER_TILE = 2**24
 """Logits that exist at a time: 64 MiB in fp32."""
 FP16_SCALE = 128.0
-"""In fp16 a token's gradient of less than 6e-8 would vanish within the head; it is taken this much larger, and made small again."""
+"""In fp16 a token's gradient of less than 6e-8 would vanish; it is taken this much larger until the backward pass comes, whose own
+scale is for what follows. Not where the head is trained: its weights' gradients are sums over tokens, and could overflow.
+"""
+TRAINED_TILE = 1024
+"""Tokens over which these are summed in 16 bits, at most."""
 
 
 @dataclass
@@ -89,27 +93,37 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor], tile: int, *trained: Tensor) -> Tensor:
-        in_fp16 = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else tokens.dtype
-        scale = FP16_SCALE if in_fp16 == torch.float16 else 1.0
+        computed_in = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else tokens.dtype
+        scale = FP16_SCALE if computed_in == torch.float16 and not trained else 1.0
+        tile = min(tile, TRAINED_TILE) if trained and computed_in != torch.float32 else tile
         needs_tokens = ctx.needs_input_grad[0]  # not where the head alone is trained
         total = torch.zeros((), device=tokens.device)
         of_tokens = torch.empty_like(tokens) if needs_tokens else None
         of_trained = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
         for start in range(0, len(tokens), tile):
+            wanted = targets[start : start + tile, None]
             with torch.enable_grad():
                 x = tokens[start : start + tile].detach().requires_grad_(needs_tokens)
-                loss = nn.functional.cross_entropy(logits_of(x).float(), targets[start : start + tile], reduction="sum")
-                gradients = list(torch.autograd.grad(loss * scale, [x, *trained] if needs_tokens else trained))
-            total += loss.detach()
+                logits = logits_of(x)
+            # a token's loss is log(sum of exp(logits)) - its target's logit; the gradient is the softmax, less 1 at the target
+            values = logits.detach().float()
+            largest = values.amax(dim=1, keepdim=True)
+            exponentials = (values - largest).exp_()
+            sums = exponentials.sum(dim=1, keepdim=True)
+            total += (sums.log() + largest - values.gather(1, wanted)).sum()
+            of_logits = exponentials.mul_(scale / sums).scatter_add_(1, wanted, torch.full_like(sums, -scale)).to(logits.dtype)
+            del values
+            gradients = list(torch.autograd.grad(logits, [x, *trained] if needs_tokens else trained, of_logits))
             if needs_tokens:
-                of_tokens[start : start + tile] = gradients.pop(0) / scale
+                of_tokens[start : start + tile] = gradients.pop(0)
             for so_far, gradient in zip(of_trained, gradients, strict=True):
-                so_far.add_(gradient, alpha=1 / scale)
+                so_far.add_(gradient)
+        ctx.scale = scale
         ctx.save_for_backward(*([of_tokens] if needs_tokens else []), *of_trained)
         return total
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [gradient * factor for gradient in ctx.saved_tensors]
+        gradients = [gradient * (factor / ctx.scale) for gradient in ctx.saved_tensors]
         of_tokens = gradients.pop(0) if ctx.needs_input_grad[0] else None
         return of_tokens, None, None, None, *gradients
