@@ -67,11 +67,11 @@ def with_clear_errors(run: Callable[[], None], debug: bool, interrupted: str = "
     try:
         if signal.getsignal(signal.SIGINT) is _end_before_it_begins:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        quiet_libraries()
-        if not gc.isenabled():
-            gc.freeze()  # neither a later collection nor the end of the process walks through what was imported
-            gc.enable()
         with _in_a_sentence(debug):
+            quiet_libraries()
+            if not gc.isenabled():
+                gc.freeze()  # neither a later collection nor the end of the process walks through what was imported
+                gc.enable()
             with explain_lost_peers():
                 run()
             torch = sys.modules.get("torch")
@@ -80,12 +80,11 @@ def with_clear_errors(run: Callable[[], None], debug: bool, interrupted: str = "
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted; {interrupted}\n")
         sys.exit(130)
-    except Exception:
-        _show_traceback()
 
 
 @contextlib.contextmanager
 def _in_a_sentence(debug: bool) -> Iterator[None]:
+    """A mistake is one; what nobody expected is a traceback, without tokens."""
     try:
         yield
     except (ValueError, OSError, LostPeerError) as error:
@@ -93,6 +92,8 @@ def _in_a_sentence(debug: bool) -> Iterator[None]:
             _show_traceback()
         sys.stderr.write(f"error: {redacted(str(error))} (--debug shows where)\n")
         sys.exit(2)
+    except Exception:
+        _show_traceback()
 
 
 def _end_before_it_begins(*_: object) -> NoReturn:
