@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from qlora_suite.accelerate_config import CONFIGS
-from qlora_suite.checkpoint import ADAPTER
+from qlora_suite.checkpoint import ADAPTER, State
 from qlora_suite.command_line import quiet_libraries
 from qlora_suite.engine import stand_in_for_gpus
 from qlora_suite.files import read_json, write_json
@@ -186,7 +186,7 @@ def run_case(case: Case, recipe: str, overrides: Sequence[str], folder: Path) ->
                 with contextlib.suppress(Killed), after_step(case.killed_after, die), fresh_accelerator():
                     train.train(values)
             if case.stopped_after is not None:
-                during.enter_context(after_step(case.stopped_after, (place / REQUEST).touch))
+                during.enter_context(in_step(case.stopped_after, (place / REQUEST).touch))
             if case.poisoned_at is not None:
                 during.enter_context(poisoned(train, case.poisoned_at, case.poison))
             if case.tried:
@@ -216,6 +216,23 @@ def rank() -> int:
 
 def die() -> None:
     raise Killed
+
+
+@contextlib.contextmanager
+def in_step(step: int, act: Callable[[], Any]) -> Iterator[None]:
+    """Call `act` on every rank before the ranks tell each other, in this step, what there is to look after."""
+    signs = Run.signs
+
+    def act_and_look(self: Run, state: State, *given: Any) -> Any:
+        if state.step == step - 1:
+            act()
+        return signs(self, state, *given)
+
+    Run.signs = act_and_look
+    try:
+        yield
+    finally:
+        Run.signs = signs
 
 
 @contextlib.contextmanager
