@@ -26,7 +26,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from qlora_suite.accelerate_config import CONFIGS
-from qlora_suite.checkpoint import ADAPTER, State
+from qlora_suite.batches import Order
+from qlora_suite.checkpoint import ADAPTER
 from qlora_suite.command_line import quiet_libraries
 from qlora_suite.engine import stand_in_for_gpus
 from qlora_suite.files import read_json, write_json
@@ -220,19 +221,19 @@ def die() -> None:
 
 @contextlib.contextmanager
 def in_step(step: int, act: Callable[[], Any]) -> Iterator[None]:
-    """Call `act` on every rank before the ranks tell each other, in this step, what there is to look after."""
-    signs = Run.signs
+    """Call `act` on every rank when this step begins: before the ranks tell each other in it what there is to look after."""
+    rows_for_step = Order.rows_for_step
 
-    def act_and_look(self: Run, state: State, *given: Any) -> Any:
-        if state.step == step - 1:
+    def act_and_go_on(self: Order, number: int) -> list[int]:
+        if number == step - 1:  # counted from 0
             act()
-        return signs(self, state, *given)
+        return rows_for_step(self, number)
 
-    Run.signs = act_and_look
+    Order.rows_for_step = act_and_go_on
     try:
         yield
     finally:
-        Run.signs = signs
+        Order.rows_for_step = rows_for_step
 
 
 @contextlib.contextmanager
