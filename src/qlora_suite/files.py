@@ -76,6 +76,15 @@ def folder_aside(folder: Path, ending: str) -> Path:
     return aside
 
 
+def remove_folder(folder: Path) -> None:
+    """All of it, even if a request to stop (an exception of a signal's handler) comes in the middle, which is then raised."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def _is_alive(pid: int) -> bool:
     """Is there such a process on this machine? (watchdog.py asks the same, and is run as a file, without this package.)"""
     try:

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ import pyarrow as pa
 
 from qlora_suite import chats, dataset, oasst1, sources
 from qlora_suite.conversations import Conversation, Turn
-from qlora_suite.files import folder_aside
+from qlora_suite.files import folder_aside, remove_folder
 from qlora_suite.recipe import Filters, Form, Recipe, Replies, Source
 from qlora_suite.sources import BadRow, Row
 from qlora_suite.trees import Trees
@@ -181,7 +180,7 @@ def selected(recipe: Recipe, progress: Progress = quiet, strict: bool = False) -
     try:
         yield _select(recipe, folder, progress, strict)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
 
 
 def _select(recipe: Recipe, folder: Path, progress: Progress, strict: bool) -> Selection:
