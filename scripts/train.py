@@ -95,7 +95,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         tokenizer = run_facts.prepared_tokenizer(folder)
         renderer = Renderer(tokenizer, recipe.chat, RoleMarkers.from_json(manifest["role_markers"]))
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        with watch.allow("loading the base", minutes=hung_after * (accelerator.num_processes + 1)):
+        with watch.allow("loading the base", minutes=hung_after * accelerator.num_processes):
             with taking_turns(accelerator):  # eight processes of a machine do not need eight copies in its memory
                 sharded = name_of(accelerator) == compatibility.FSDP2
                 net, base = build_model(recipe, manifest, dtype, accelerator.device, sharded)

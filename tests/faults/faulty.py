@@ -26,12 +26,12 @@ def fail(fault: str) -> None:
 def make_faulty(fault: str) -> None:
     summed_loss, calls = loss.summed_loss, 0
 
-    def faulty(*args: Any, **kwargs: Any) -> Any:
+    def faulty(model: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if calls == AT_CALL:
+        calls += model.training  # not those of the trial of the faster ways
+        if calls == AT_CALL and model.training:
             fail(fault)
-        return summed_loss(*args, **kwargs)
+        return summed_loss(model, *args, **kwargs)
 
     loss.summed_loss = faulty
 
