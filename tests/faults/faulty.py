@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 from qlora_suite import loss
 
 AT_CALL = 4
@@ -28,8 +30,9 @@ def make_faulty(fault: str) -> None:
 
     def faulty(model: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += model.training  # not those of the trial of the faster ways
-        if calls == AT_CALL and model.training:
+        learns = model.training and torch.is_grad_enabled()  # not in the trial of the faster ways
+        calls += learns
+        if calls == AT_CALL and learns:
             fail(fault)
         return summed_loss(model, *args, **kwargs)
 
