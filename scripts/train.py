@@ -222,8 +222,10 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 # the gradient was divided by num_tokens in engine.backward; engine.step clips, applies and clears it
                 learning_rate = lr_at(step, recipe.optim, num_steps)
                 engine.set_lr(learning_rate)
+                # `signs`: does this rank see a reason to stop or to save? Asked of all ranks together with loss and norm, in the one
+                # exchange of a step for which the host waits (DeepSpeed has others of its own)
                 signs = run.signs(state, stop, time.monotonic() - began, time.monotonic() - last_save)
-                loss_sum, grad_norm, *counts = engine.totals(losses, *signs)  # the one time in a step that the host waits for the GPU
+                loss_sum, grad_norm, *counts = engine.totals(losses, *signs)
                 loss, seen = loss_sum / num_tokens, run_folder.Signs.of(counts)
                 found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
                 applied = is_applied(found, recipe.optim)

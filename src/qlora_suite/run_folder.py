@@ -234,58 +234,46 @@ class Run:
         with together(self.accelerator):
             if self.main:
                 disk_space.check_free(self.recipe, sizes.trainable, self.num_steps)
-                self._describe(manifest, sizes, engine, order, limit, checkpointing, paths)
-
-    def _describe(
-        self,
-        manifest: Mapping[str, Any],
-        sizes: adapter.Size,
-        engine: Engine,
-        order: Order,
-        limit: Limit,
-        checkpointing: float,
-        paths: FastPaths,
-    ) -> None:
-        world = self.accelerator.num_processes
-        servable, because = servable_as(self.recipe, manifest)
-        precision = precision_name(engine.dtype)
-        rows_per_step = self.recipe.train.rows_per_step
-        self._about = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
-            "parameters": vars(sizes),
-            "base": self.status.identity.get(BASE),
-            "servable_as": servable,
-            "servable_because": because,
-            "precision": precision,
-            "engine": engine.name,
-            "processes": world,
-            "micro_batch": {"rows": limit.rows, "tokens": limit.tokens},
-            "gradient_checkpointing": checkpointing,
-            "fast_paths": vars(paths),
-            "hardware": hardware(self.accelerator.device),
-            "versions": {"python": platform.python_version(), **versions()},
-            "git": git_state(),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "attempt": self.status.attempt,
-        }
-        write_json(self.path / "run.json", self._about)
-        where = engine.name if world == 1 else f"{processes_text(world)} ({engine.name})"
-        how = "all weights" if self.recipe.adapter == "none" else "adapter"
-        say(f"model      {self.recipe.model.base}, {self.recipe.model.quantization} base, {how}: {sizes}")
-        say(f"markers    {manifest['role_markers']['note'].removeprefix('role markers: ')}")
-        say(f"servable   as {servable}: {because}")
-        say(f"data       {order.num_rows:,} rows, {manifest['counts']['train']['supervised']:,} supervised tokens; {order.num_steps} steps")
-        say(
-            f"step       {rows_per_step} rows on {where}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
-            f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {micro_batch.in_words(checkpointing)}"
-        )
-        say(f"faster     {paths}")
-        config = getattr(engine.unwrapped, "peft_config", {}).get("default")
-        for remark in remarks(self.recipe, order.num_rows, order.num_steps, config and config.target_modules):
-            say(f"note       {remark}")
-        if any(adapter.drops_bias(module) for module in engine.unwrapped.modules()):
-            say("note       rows of the output head are trained, and PEFT then leaves its bias out, here and wherever it is loaded")
+                world, learnt = self.accelerator.num_processes, manifest["counts"]["train"]["supervised"]
+                servable, because = servable_as(self.recipe, manifest)
+                precision = precision_name(engine.dtype)
+                rows_per_step = self.recipe.train.rows_per_step
+                self._about = {
+                    "recipe": self.recipe.model_dump(mode="json"),
+                    "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
+                    "parameters": vars(sizes),
+                    "base": self.status.identity.get(BASE),
+                    "servable_as": servable,
+                    "servable_because": because,
+                    "precision": precision,
+                    "engine": engine.name,
+                    "processes": world,
+                    "micro_batch": {"rows": limit.rows, "tokens": limit.tokens},
+                    "gradient_checkpointing": checkpointing,
+                    "fast_paths": vars(paths),
+                    "hardware": hardware(self.accelerator.device),
+                    "versions": {"python": platform.python_version(), **versions()},
+                    "git": git_state(),
+                    "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                    "attempt": self.status.attempt,
+                }
+                write_json(self.path / "run.json", self._about)
+                where = engine.name if world == 1 else f"{processes_text(world)} ({engine.name})"
+                how = "all weights" if self.recipe.adapter == "none" else "adapter"
+                say(f"model      {self.recipe.model.base}, {self.recipe.model.quantization} base, {how}: {sizes}")
+                say(f"markers    {manifest['role_markers']['note'].removeprefix('role markers: ')}")
+                say(f"servable   as {servable}: {because}")
+                say(f"data       {order.num_rows:,} rows, {learnt:,} supervised tokens; {order.num_steps} steps")
+                say(
+                    f"step       {rows_per_step} rows on {where}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
+                    f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {micro_batch.in_words(checkpointing)}"
+                )
+                say(f"faster     {paths}")
+                config = getattr(engine.unwrapped, "peft_config", {}).get("default")
+                for remark in remarks(self.recipe, order.num_rows, order.num_steps, config and config.target_modules):
+                    say(f"note       {remark}")
+                if any(adapter.drops_bias(module) for module in engine.unwrapped.modules()):
+                    say("note       rows of the output head are trained, and PEFT then leaves its bias out, here and wherever it is loaded")
 
     # ---- while it learns ----------------------------------------------------------------------------------------------------
 
