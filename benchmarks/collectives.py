@@ -7,6 +7,7 @@ TorchDispatchMode sees it. The bytes are those of the whole tensor: what all-red
 reduce-scatter takes apart. benchmarks/scaling.py turns them into what crosses a link.
 """
 
+import contextlib
 import subprocess
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_suite import engine
 from qlora_suite.files import read_json, write_json
-from qlora_suite.launched_runs import CONFIGS, ROOT, free_port, printing_to, rank, train_script
+from qlora_suite.launched_runs import CONFIGS, ROOT, free_port, rank, train_script
 from qlora_suite.recipe_file import load
 from qlora_suite.run_folder import Run
 
@@ -110,7 +111,7 @@ def work(job: Path) -> None:
 
         engine._configure_deepspeed = configure_with_less
     engine.stand_in_for_gpus()
-    with job.with_name(f"log{rank()}").open("w") as log, printing_to(log), collectives:
+    with job.with_name(f"log{rank()}").open("w") as log, contextlib.redirect_stdout(log), collectives:
         train_script().train(load(values["recipe"], values["overrides"]))
     if rank() == 0:
         start, end = before[1:3]

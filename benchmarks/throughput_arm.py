@@ -14,7 +14,7 @@ from throughput_workload import documents
 
 from qlora_suite.command_line import quiet_libraries
 from qlora_suite.files import read_json, write_json
-from qlora_suite.launched_runs import fresh_accelerator, printing_to, train_script
+from qlora_suite.launched_runs import fresh_accelerator, train_script
 from qlora_suite.recipe_file import load
 from qlora_suite.run_folder import Run
 
@@ -66,7 +66,7 @@ def ours(job: Job, meter: Meter) -> None:
 
     train.engine_for, train.collate, Run.add_metrics = engine_for, collate, add_metrics
     try:
-        with Path(job.out).with_suffix(".log").open("w", encoding="utf-8") as log, printing_to(log):
+        with Path(job.out).with_suffix(".log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             train.train(recipe)
     finally:
         train.engine_for, train.collate, Run.add_metrics = known

@@ -1,7 +1,6 @@
 """A finished and evaluated run on a base that lies in the hub's cache, as it does for everybody who trains a model of the hub."""
 
 import contextlib
-import importlib
 import io
 import shutil
 import sys
@@ -59,10 +58,8 @@ def publish(*args: str | Path) -> SimpleNamespace:
     """scripts/publish.py in this process: `code` and `text`, all that it said."""
     module = script("publish")
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    tracking = importlib.import_module("qlora_suite.tracking")
     code = 0
     sys.argv = [str(ROOT / "scripts" / "publish.py"), *map(str, args)]
-    tracking.console.file = out
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             args = module.arguments().parse_intermixed_args()
@@ -70,5 +67,5 @@ def publish(*args: str | Path) -> SimpleNamespace:
     except SystemExit as end:
         code = end.code
     finally:
-        sys.argv, tracking.console.file = before, None  # whatever sys.stdout is then
+        sys.argv = before
     return SimpleNamespace(code=code, text=out.getvalue() + err.getvalue(), said=out.getvalue(), error=err.getvalue())

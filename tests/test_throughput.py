@@ -1,5 +1,6 @@
 """The benchmark's arms do the same work, and what is the same at every run of it stays below the peers'."""
 
+import contextlib
 import io
 import site
 import sys
@@ -18,7 +19,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qlora_suite.files import read_json, write_json
-from qlora_suite.launched_runs import printing_to
 from qlora_suite.recipe_file import load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -246,7 +246,7 @@ def test_two_tables_a_report_and_a_chart_come_out(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["throughput.py", *asked, *places])
     monkeypatch.setattr(throughput, "in_a_process", forked)
     shown = io.StringIO()
-    with printing_to(shown):
+    with contextlib.redirect_stdout(shown):
         throughput.main()
     found = read_json(report)
     for arm in found["arms"].values():
@@ -294,7 +294,7 @@ def test_an_arm_that_fails_is_reported_and_the_others_go_on(work: Path, monkeypa
     assert len(bench.rounds["ours"]) == 2
     assert bench.errors == {"loop@8": "RuntimeError: no"}
     shown = io.StringIO()
-    with printing_to(shown):
+    with contextlib.redirect_stdout(shown):
         throughput.show(bench.results())
     assert "loop@8 failed: RuntimeError: no" in shown.getvalue()
 

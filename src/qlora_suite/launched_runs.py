@@ -35,7 +35,7 @@ from qlora_suite.preemption import REQUEST
 from qlora_suite.ranks import EndedByAnotherRank
 from qlora_suite.recipe_file import load
 from qlora_suite.run_folder import Run
-from qlora_suite.tracking import console, read_journal
+from qlora_suite.tracking import read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILED = "failed:"
@@ -180,7 +180,7 @@ def run_case(case: Case, recipe: str, overrides: Sequence[str], folder: Path) ->
     os.environ["ACCELERATE_MIXED_PRECISION"] = case.precision
     log = place.with_name(place.name + (f".rank{rank()}.log" if rank() else ".log"))
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file, printing_to(file), contextlib.ExitStack() as during:
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.ExitStack() as during:
         try:
             values = load(recipe, [*overrides, *case.overrides, f"output.dir={place}"])
             if case.killed_after is not None:
@@ -302,16 +302,6 @@ def fresh_accelerator() -> Iterator[None]:
         GradientState._reset_state()
         if kind is not None:
             PartialState._shared_state["distributed_type"] = kind  # an accelerator writes FSDP there, which the next would not understand
-
-
-@contextlib.contextmanager
-def printing_to(file: Any) -> Iterator[None]:
-    known, console.file = console.file, file
-    try:
-        with contextlib.redirect_stdout(file):
-            yield
-    finally:
-        console.file = known
 
 
 if __name__ == "__main__":

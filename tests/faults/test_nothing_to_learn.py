@@ -120,7 +120,7 @@ def test_a_prepared_row_that_cannot_be_trained_on_is_refused_when_it_is_read(
     assert said in " ".join(ended.output.split())
     assert "Traceback" not in ended.output
     if change is not mask_row:  # every row is spoilt: not one was trained on
-        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b""
     else:
         assert all(record["supervised_tokens"] > 0 for record in metrics(tmp_path / "run"))
 
@@ -138,7 +138,7 @@ def test_an_index_that_tells_another_number_of_supervised_tokens_never_divides_a
         assert ended.process.exitcode == 2, ended.output
         said = f"train.arrow is not what scripts/prepare_data.py writes: the index tells another number of {words} than a row has"
         assert said in " ".join(ended.output.split())
-        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b""
 
 
 def test_a_micro_batch_of_empty_places_alone_adds_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
