@@ -251,6 +251,9 @@ class Adapter(Section):
     """Uniform noise on the input embeddings while training, of size alpha / sqrt(length x width) (Jain et al., 2023)."""
     init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = "default"
     """lora_A's initialisation (lora_B starts at zero). Those that rewrite the base need quantization: none."""
+    start_from: Name | None = None
+    """Begin with this adapter instead of a new one: a run's folder, an adapter's, or a hub id. It must be of the rank, the targets and the
+    trained token rows that stand here (see start_from.py)."""
     allow_partial: bool = False
     """Accept targets that match only some layers. Without it that is an error."""
 
@@ -414,6 +417,10 @@ class Recipe(Section):
                 problems.append("model.random_init makes sense with adapter: none alone")
             if self.output.final_dtype is not None:
                 problems.append("output.final_dtype has an effect with adapter: none alone; adapters are saved as they were trained")
+            if self.adapter.start_from is not None and self.adapter.init != "default":
+                problems.append(
+                    f"adapter.init: {self.adapter.init} has no effect with adapter.start_from, whose weights are taken; remove it"
+                )
             if self.adapter.dora and self.model.quantization == "int8":
                 problems.append("adapter.dora fails on an 8-bit base (in PEFT and bitsandbytes); use model.quantization: nf4 or none")
             if self.adapter.init not in ("default", "gaussian") and self.model.quantization != "none":
@@ -478,7 +485,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 def names_files(key: str) -> bool:
     """Is it a curve key that only names files? Their contents are compared by hash, so that a folder may be moved."""
-    return re.fullmatch(r"data\.(sets\.\d+\.)?(source|validation_source)|model\.(base|revision)", key) is not None
+    return re.fullmatch(r"data\.(sets\.\d+\.)?(source|validation_source)|model\.(base|revision)|adapter\.start_from", key) is not None
 
 
 def _flat(name: str, value: Any, flat: Callable[[BaseModel, str], dict[str, Any]]) -> dict[str, Any]:

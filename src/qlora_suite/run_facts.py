@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qlora_suite import start_from
 from qlora_suite.dataset import data_hash
 from qlora_suite.model import base_fingerprint
 from qlora_suite.prequantized import record_of
@@ -19,6 +20,7 @@ from qlora_suite.recipe import Recipe, curve_keys, names_files
 
 DATA = "data (hash of rows and tokenizer)"
 BASE = "base (commit, or hash of its files)"
+START = "adapter.start_from (hash of its weights)"
 
 
 def prepared_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -30,6 +32,8 @@ def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What must not change between two starts of one run."""
     keys = {key: value for key, value in curve_keys(recipe).items() if not names_files(key)}
     everything = {**keys, DATA: data_hash(manifest), BASE: base_fingerprint(recipe.model)}
+    if recipe.adapter != "none" and recipe.adapter.start_from is not None:
+        everything[START] = start_from.fingerprint(recipe.adapter.start_from)
     return json.loads(json.dumps(everything))  # tuples as lists, as they come back from a file
 
 

@@ -1,0 +1,92 @@
+"""adapter.start_from: a run that goes on with the adapter of another."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeRecipe
+from in_process import metrics, prepared, train
+from safetensors.torch import load_file, save_file
+
+from qlora_suite import start_from
+from qlora_suite.checkpoint import ADAPTER
+from qlora_suite.dataset import load_manifest
+from qlora_suite.recipe_file import load
+from qlora_suite.trainable import build_model
+
+CPU = torch.device("cpu")
+FEW = ("train.max_steps=6", "optim.learning_rate=1e-2")
+
+
+@pytest.fixture
+def first(make_recipe: MakeRecipe, tmp_path: Path) -> tuple[Path, Path]:
+    """(recipe, folder of a finished run)"""
+    recipe = prepared(make_recipe(*FEW))
+    return recipe, train(recipe, f"output.dir={tmp_path / 'first'}")
+
+
+def model_of(recipe: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    values = load(recipe, overrides)
+    net, _ = build_model(values, load_manifest(values), torch.float32, CPU)
+    return {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("place", ["run", "final"])
+def test_training_begins_with_the_weights_of_the_adapter_token_rows_included(first: tuple[Path, Path], place: str) -> None:
+    recipe, run = first
+    new, found = model_of(recipe), model_of(recipe, f"adapter.start_from={run if place == 'run' else run / 'final'}")
+    saved = load_file(run / "final" / ADAPTER)
+    assert len(saved) == len(found) == len(new)
+    assert sorted(float(t.double().sum()) for t in saved.values()) == pytest.approx(sorted(float(t.double().sum()) for t in found.values()))
+    assert any("trainable_tokens" in name for name in found), "role markers are trained rows of the tiny base"
+    assert all(not torch.equal(found[name], new[name]) for name in found), "of a new one every lora_B is zero"
+
+
+def test_the_curve_goes_on_where_it_was(first: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = first
+    again = train(recipe, f"output.dir={tmp_path / 'second'}", f"adapter.start_from={run}")
+    before, after = metrics(run), metrics(again)
+    assert after[0]["loss"] < before[0]["loss"] - 0.1, "the same rows, which it has learnt from"
+    assert (again / "final" / ADAPTER).is_file()
+
+
+def test_another_adapter_is_another_run_and_a_moved_one_is_not(first: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = first
+    dir = f"output.dir={tmp_path / 'second'}"
+    train(recipe, dir, f"adapter.start_from={run}", "checkpoints.every_steps=2", "stop.after_minutes=0.00001")
+    run.rename(tmp_path / "moved")
+    moved = tmp_path / "moved"
+    tensors = load_file(moved / "final" / ADAPTER)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "adapter_config.json").write_bytes((moved / "final" / "adapter_config.json").read_bytes())
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, copy / ADAPTER)
+    with pytest.raises(ValueError, match="hash of its weights"):
+        train(recipe, dir, f"adapter.start_from={copy}")
+    train(recipe, dir, f"adapter.start_from={moved}")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("adapter.rank=8", "adapter.rank: there 4, here 8"),
+        ("adapter.alpha=3", "adapter.alpha"),
+        ("adapter.rslora=true", "adapter.rslora"),
+        ("adapter.targets=[q_proj,v_proj]", "adapter.targets"),
+    ],
+)
+def test_an_adapter_of_another_function_is_refused_by_key(first: tuple[Path, Path], override: str, words: str) -> None:
+    recipe, run = first
+    with pytest.raises(ValueError, match="cannot be gone on from: .*" + words):
+        model_of(recipe, f"adapter.start_from={run}", override, "adapter.allow_partial=true")
+
+
+def test_a_run_that_is_not_finished_and_a_folder_without_an_adapter_are_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = prepared(make_recipe(*FEW))
+    run = train(recipe, f"output.dir={tmp_path / 'stopped'}", "stop.after_minutes=0.00001")
+    with pytest.raises(ValueError, match="is not finished and has no final/"):
+        start_from.folder_of(str(run))
+    with pytest.raises(ValueError, match="neither a folder here nor reachable on the hub|is no adapter that can be read"):
+        start_from.folder_of(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="has no effect with adapter.start_from"):
+        load(recipe, ["adapter.start_from=x", "adapter.init=gaussian"])
