@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from qlora_suite import anomalies, black_box, compatibility, dataset, fast_paths, optimizer, run_facts, run_folder
+from qlora_suite import anomalies, black_box, compatibility, dataset, dpo, fast_paths, optimizer, reference, run_facts, run_folder
 from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
@@ -64,6 +64,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         if recipe.speed.compile:
             check_compiler(accelerator.device)
         manifest = dataset.load_manifest(recipe, verify=verify_data and accelerator.is_main_process)
+        dpo.check_data(recipe, manifest)
         folder = Path(recipe.data.prepared)
         rows, dev = dataset.Rows(folder / "train.arrow"), dataset.Rows(folder / "dev.arrow")
         check_division(recipe.train.rows_per_step, accelerator.num_processes, recipe.train.micro_batch)
@@ -100,7 +101,18 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 sharded = name_of(accelerator) == compatibility.FSDP2
                 net, base = build_model(recipe, manifest, dtype, accelerator.device, sharded)
                 watch.beat("the trial of the faster ways")
-                paths = fast_paths.take(net, base, recipe.speed, dtype, recipe.data.max_length, recipe.data.packing, name_of(accelerator))
+                longest, several = recipe.longest_row, recipe.several_in_a_row
+                paths = fast_paths.take(net, base, recipe.speed, dtype, longest, several, name_of(accelerator))
+
+            def asked_of_reference() -> bool:
+                watch.beat("the log-probabilities of the reference")
+                return stop.asked()
+
+            if recipe.dpo:  # of the weights as they are now, before a checkpoint's take their place
+                wanted = {row for step in range(num_steps) for row in order.rows_for_step(step) if row != EMPTY}
+                splits = {"train": (rows, wanted), "dev": (dev, range(len(dev)) if recipe.evaluation.every_steps else ())}
+                of, asked = reference.name_of(identity), asked_of_reference
+                rows, dev = reference.with_reference(run.path, of, net, splits, recipe.dpo, pad_id, dtype, accelerator, asked)
             state = run.resume(net, identity, run_facts.rounding(recipe, dtype))
         net.train()
 
@@ -114,8 +126,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
             longest = [rows[r] for r in rows.lengths.argsort()[::-1][:num_rows]]
             try:
                 with autocast(accelerator.device, dtype):
-                    loss_sum = summed_loss(net, collate(longest, pad_id, all_supervised=True).to(accelerator.device))
-                loss_sum.backward()
+                    sums = summed_loss(net, collate(longest, pad_id, all_supervised=True, dpo=recipe.dpo).to(accelerator.device))
+                sums[0].backward()
             finally:
                 net.zero_grad(set_to_none=True)
 
@@ -147,19 +159,20 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing, paths=paths)
 
         def batch_of(row_numbers: list[int]) -> Batch:
-            return collate([rows[r] if r != EMPTY else None for r in row_numbers], pad_id).to(accelerator.device)
+            return collate([rows[r] if r != EMPTY else None for r in row_numbers], pad_id, dpo=recipe.dpo).to(accelerator.device)
 
-        def backward_of(row_numbers: list[int], num_tokens: int, last: bool) -> torch.Tensor:
-            """Forward and backward pass of one micro-batch. Returns its summed loss, a device scalar that holds on to nothing."""
+        def backward_of(row_numbers: list[int], divisor: int, last: bool) -> torch.Tensor:
+            """Forward and backward pass of one micro-batch. Returns its sums, on the device, which hold on to nothing: [1 + measures]"""
             with engine.accumulate(last):
-                loss_sum = summed_loss(engine.model, batch_of(row_numbers))
-                engine.backward(loss_sum, num_tokens)
-            return loss_sum.detach()
+                sums = summed_loss(engine.model, batch_of(row_numbers))
+                engine.backward(sums[0], divisor)
+            return sums.detach()
 
-        def gradients_of(step: int, step_rows: list[int], num_tokens: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+        def gradients_of(step: int, step_rows: list[int], divisor: int) -> tuple[list[list[int]], list[torch.Tensor]]:
             """Forward and backward pass of this rank's rows of a step, in micro-batches; the engine adds up the gradients.
 
-            Returns the micro-batches and their summed losses (device scalars). What does not fit into memory is done again in smaller ones.
+            Returns the micro-batches and the sums of each (loss and measures, on the device). What does not fit into memory is done
+            again in smaller ones.
             """
             nonlocal limit, checkpointing
             while True:
@@ -168,7 +181,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                     for i, row_numbers in enumerate(micro):
                         watch.beat(f"step {step + 1}, micro-batch {i + 1}")
                         seed_for(recipe.seed, step, i, accelerator.process_index)
-                        losses.append(backward_of(row_numbers, num_tokens, last=i == len(micro) - 1))
+                        losses.append(backward_of(row_numbers, divisor, last=i == len(micro) - 1))
                     return micro, losses
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
@@ -187,7 +200,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 seed_for(recipe.seed, step, i, accelerator.process_index)
                 summed_loss(engine.unwrapped, batch_of(micro[i]))
 
-            return black_box.look(engine, forward, micro, losses, rows, tokenizer)
+            return black_box.look(engine, forward, micro, [sums[0] for sums in losses], rows, tokenizer)
 
         def look_around() -> bool:
             """Evaluation and previews where they are due: none of it changes the curve. A request to stop cuts them short, and the
@@ -200,9 +213,10 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
 
             evaluating, previewing = run.evaluation_due(state), run.preview_due(state, engine)
             if evaluating:
-                loss = dev_loss(engine, dev, pad_id, limit, recipe.evaluation.budget_tokens, lambda: engine.any_rank(asked()))
-                if loss is not None:
-                    run.add_dev_loss(state, loss)
+                budget, cut_short = recipe.evaluation.budget_tokens, lambda: engine.any_rank(asked())
+                found = dev_loss(engine, dev, pad_id, limit, budget, cut_short, recipe.dpo)
+                if found is not None:
+                    run.add_dev_loss(state, found[0], **dict(zip(dpo.MEASURES, found[1:], strict=False)))
             if previewing:
                 run.add_preview(state.step, preview(engine, renderer, recipe.previews, asked))
             return evaluating or previewing
@@ -217,16 +231,18 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 step_began = time.monotonic()
                 step_rows = order.rows_for_step(step)
                 num_tokens = int(sum(rows.num_supervised[r] for r in step_rows if r != EMPTY))  # of the whole step, on all ranks
-                micro, losses = gradients_of(step, step_rows, num_tokens)
+                divisor = sum(row != EMPTY for row in step_rows) if recipe.dpo else num_tokens  # its pairs, or supervised tokens
+                micro, losses = gradients_of(step, step_rows, divisor)
 
-                # the gradient was divided by num_tokens in engine.backward; engine.step clips, applies and clears it
+                # the gradient was divided by it in engine.backward; engine.step clips, applies and clears it
                 learning_rate = lr_at(step, recipe.optim, num_steps)
                 engine.set_lr(learning_rate)
                 # `signs`: does this rank see a reason to stop or to save? Asked of all ranks together with loss and norm, in the one
                 # exchange of a step for which the host waits (DeepSpeed has others of its own)
                 signs = run.signs(state, stop, time.monotonic() - began, time.monotonic() - last_save)
-                loss_sum, grad_norm, *counts = engine.totals(losses, *signs)
-                loss, seen = loss_sum / num_tokens, run_folder.Signs.of(counts)
+                loss_sum, grad_norm, *rest = engine.totals(losses, *signs)
+                measured, counts = rest[: -len(signs)], rest[-len(signs) :]
+                loss, seen = loss_sum / divisor, run_folder.Signs.of(counts)
                 found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
                 applied = is_applied(found, recipe.optim)
                 if found and not is_scale_search(found, loss, dtype, engine.loss_scale(), state.skipped_in_a_row):
@@ -248,6 +264,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                     supervised_tokens=num_tokens,
                     tokens=state.tokens,
                     tokens_per_second=round(tokens / seconds, 1),
+                    **{name: value / divisor for name, value in zip(dpo.MEASURES, measured, strict=False)},
                     peak_memory_gib=round(peak_memory_gib(accelerator.device), 3),
                     **({} if applied else {"rows": step_rows}),
                 )

@@ -270,7 +270,8 @@ class Engine:
             group["lr"] = learning_rate
 
     def totals(self, losses: Sequence[Tensor], *flags: bool) -> list[float]:
-        """[sum of this step's losses, norm of its gradient, of each flag on how many ranks it is set], over all ranks.
+        """[sum of this step's losses, norm of its gradient, sums of what was measured beside the losses, of each flag on how many ranks it
+        is set], over all ranks. losses: of each micro-batch, [1 + measures]
 
         The norm is that before clipping, with the loss scale undone. Once a step, before `step`: all that the host asks of a GPU in a
         step is asked here, at once, for each question makes it wait.
@@ -278,8 +279,8 @@ class Engine:
         self.scaler.unscale_(self.optimizer)
         self._norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         norm = whole(self._norm).double()
-        loss_sum, *said = self._summed(torch.stack(list(losses)).double().sum()[None], flags)
-        return torch.stack([loss_sum, norm, *said]).tolist()
+        loss_sum, *rest = self._summed(torch.stack(list(losses)).double().sum(dim=0), flags)
+        return torch.stack([loss_sum, norm, *rest]).tolist()
 
     def _summed(self, values: Tensor, flags: Sequence[bool]) -> Tensor:
         """Values of the device and flags of the host, summed over the processes in one exchange. [values + flags] float64"""
@@ -454,10 +455,10 @@ class Zero(Engine):
         """As above. DeepSpeed tells the norm when the step is done, which is too late to leave it out."""
         parts = [g for gradients in self.optimizer.averaged_gradients.values() for g in gradients or ()]  # this rank's
         squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in parts]).sum()
-        both = self._summed(torch.stack([torch.stack(list(losses)).double().sum(), squares]), flags)
-        loss_sum, total, *said = both.tolist()
+        loss_sum, *measured = torch.stack(list(losses)).double().sum(dim=0)
+        loss_sum, total, *rest = self._summed(torch.stack([loss_sum, squares, *measured]), flags).tolist()
         self._norm = math.sqrt(total) / self.loss_scale()
-        return [loss_sum, self._norm, *said]
+        return [loss_sum, self._norm, *rest]
 
     def step(self, apply: bool) -> None:
         scaler = dict(vars(self.optimizer.loss_scaler))

@@ -22,6 +22,7 @@ from qlora_suite.batches import EMPTY, Limit, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import Rows
+from qlora_suite.dpo import MEASURES
 from qlora_suite.engine import Engine
 from qlora_suite.loss import collate, summed_loss, token_losses
 from qlora_suite.model_template import merged
@@ -271,10 +272,16 @@ def check_dev_rows(evaluation: recipe.Evaluation, num_rows: int) -> None:
 
 @torch.no_grad()
 def dev_loss(
-    engine: Engine, rows: Rows, pad_id: int, limit: Limit, budget_tokens: int | None, stop: Callable[[], bool] = lambda: False
-) -> float | None:
-    """Nats per supervised token of the development rows (there must be some), the first ones up to the budget, shared among the ranks;
-    None if `stop` (which all ranks agree on) says so on the way.
+    engine: Engine,
+    rows: Rows,
+    pad_id: int,
+    limit: Limit,
+    budget_tokens: int | None,
+    stop: Callable[[], bool] = lambda: False,
+    dpo: recipe.Dpo | None = None,
+) -> list[float] | None:
+    """[nats per supervised token] of the development rows (there must be some), the first ones up to the budget, shared among the ranks;
+    None if `stop` (which all ranks agree on) says so on the way. Of pairs, for `dpo`: [its loss per pair, and the means of dpo.MEASURES].
 
     Every rank runs the model equally often, on empty rows where it has no more: engines that shard weights gather them in each
     forward pass. The module itself is called, not its wrapper: DDP would send buffers around.
@@ -285,18 +292,18 @@ def dev_loss(
     model, accelerator = engine.unwrapped, engine.accelerator
     was_training = model.training
     model.eval()
-    nats, tokens = 0.0, 0
+    size, sums = 0, torch.zeros(1 + len(MEASURES) if dpo else 1, dtype=torch.float64)
     try:
         for piece in micro_batches(chosen, rows.lengths, limit, accelerator.process_index, accelerator.num_processes):
             if stop():
                 return None
-            batch = collate([rows[r] if r != EMPTY else None for r in piece], pad_id).to(accelerator.device)
-            nats += summed_loss(model, batch).double().item()
-            tokens += len(batch.targets)
+            batch = collate([rows[r] if r != EMPTY else None for r in piece], pad_id, dpo=dpo).to(accelerator.device)
+            sums += summed_loss(model, batch).double().cpu()
+            size += batch.size
     finally:
         model.train(was_training)
-    nats, tokens = engine.sum_over_ranks(nats, tokens)
-    return nats / tokens
+    size, *sums = engine.sum_over_ranks(size, *sums.tolist())
+    return [of_all / size for of_all in sums]
 
 
 # --- comparing

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_suite import packed_attention, tiled_head
+from qlora_suite.dpo import Pairs, pairs_of, sums_of_pairs
+from qlora_suite.recipe import Dpo
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,27 @@ class Batch:
     """[supervised] int64: which of these hidden states, [rows x columns] end to end, predict a supervised token; row by row"""
     targets: Tensor
     """[supervised] int64: the tokens that they should predict"""
+    pairs: Pairs | None = None
+    """Of rows that are pairs, what DPO has to know of them"""
+
+    @property
+    def size(self) -> int:
+        """What a sum of its losses is divided by: supervised tokens, or pairs."""
+        return len(self.targets) if self.pairs is None else len(self.pairs.reference)
 
     def to(self, device: torch.device) -> "Batch":
-        if device.type == "cpu":  # the loop over boundaries is the host's
-            sent = {name: value.to(device) for name, value in vars(self).items() if name != "boundaries"}
-            return Batch(**sent, boundaries=self.boundaries)
-        return Batch(**{name: value.pin_memory().to(device, non_blocking=True) for name, value in vars(self).items()})
+        parts = {name: value for name, value in vars(self).items() if name != "pairs"}
+        if device.type != "cpu":  # there the loop over boundaries is the host's, and nothing moves
+            parts = {name: value.pin_memory().to(device, non_blocking=True) for name, value in parts.items()}
+        return Batch(**parts, pairs=None if self.pairs is None else self.pairs.to(device))
 
 
-def collate(rows: Sequence[Mapping[str, Any] | None], pad_id: int, all_supervised: bool = False) -> Batch:
+def collate(rows: Sequence[Mapping[str, Any] | None], pad_id: int, all_supervised: bool = False, dpo: Dpo | None = None) -> Batch:
     """Rows with `input_ids`, `supervised` and `lengths` (of the conversations in them), padded to the longest.
 
     None stands for an empty row, all padding. There are two places at least, for one predicts nothing.
     `all_supervised`: as if every token were that something predicts; no batch of these rows needs more memory.
+    `dpo`: the rows are pairs.
     """
     places = max([2, *(len(row["input_ids"]) for row in rows if row)])
     input_ids = torch.full((len(rows), places), pad_id)
@@ -80,21 +90,27 @@ def collate(rows: Sequence[Mapping[str, Any] | None], pad_id: int, all_supervise
         columns,
         wanted.flatten().nonzero().squeeze(1),
         input_ids[:, 1:][:, columns][wanted],
+        dpo and pairs_of(rows, dpo, all_supervised),
     )
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss of each supervised token, in nats, in row-major order. [supervised] float32"""
+    """The loss of each supervised token, in nats, in row-major order. [supervised] float32, with a graph where gradients are on"""
     with tiled_head.asked(batch.predicting, batch.targets, summed=False) as question:
         answer = forward(model, batch, batch.columns)
     return answer.flatten() if question.answered else _plain_losses(answer, batch)
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of the losses of the batch's supervised tokens, in nats. Scalar float32; 0 (with a graph) if there are none."""
+    """The sum of the losses of the batch's supervised tokens, in nats; 0 (with a graph) if there are none. [1] float32
+
+    Of pairs: DPO's loss, and behind it what dpo.MEASURES are. [1 + measures] float32
+    """
+    if batch.pairs is not None:
+        return sums_of_pairs(token_losses(model, batch), batch.pairs)
     with tiled_head.asked(batch.predicting, batch.targets, summed=True) as question:
         answer = forward(model, batch, batch.columns)
-    return answer.sum() if question.answered else _plain_losses(answer, batch).sum()
+    return (answer if question.answered else _plain_losses(answer, batch)).sum()[None]
 
 
 def _plain_losses(logits: Tensor, batch: Batch) -> Tensor:

@@ -34,16 +34,16 @@ def measure(
     Raises ValueError if nothing fits, as train.py would.
     """
     net, base = build_model(recipe, manifest, dtype, device)
-    fast_paths.take(net, base, recipe.speed, dtype, recipe.data.max_length, recipe.data.packing, compatibility.ONE)
+    fast_paths.take(net, base, recipe.speed, dtype, recipe.longest_row, recipe.several_in_a_row, compatibility.ONE)
     net.train()
     longest_first = rows.lengths.argsort()[::-1]
 
     def trial(num_rows: int, checkpointing: float) -> None:
         set_checkpointing(base, checkpointing)
-        batch = collate([rows[r] for r in longest_first[:num_rows]], 0, all_supervised=True).to(device)
+        batch = collate([rows[r] for r in longest_first[:num_rows]], 0, all_supervised=True, dpo=recipe.dpo).to(device)
         try:
             with autocast(device, dtype):
-                loss_sum = summed_loss(net, batch)
+                loss_sum = summed_loss(net, batch)[0]
             loss_sum.backward()
         finally:
             net.zero_grad(set_to_none=True)
@@ -55,11 +55,11 @@ def measure(
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before: they stay until the step
     set_checkpointing(base, checkpointing)
-    batch = collate([rows[r] for r in longest_first[:num_rows]], 0, all_supervised=True).to(device)
+    batch = collate([rows[r] for r in longest_first[:num_rows]], 0, all_supervised=True, dpo=recipe.dpo).to(device)
 
     def loss() -> torch.Tensor:
         with autocast(device, dtype):
-            return summed_loss(net, batch)
+            return summed_loss(net, batch)[0]
 
     if device.type == "cpu":
         step = memory_estimate.measured(net, base.get_output_embeddings(), loss)

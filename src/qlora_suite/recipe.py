@@ -297,6 +297,15 @@ class Train(Section):
     """End the run after this many steps in a row that were not applied: a loss or gradient was not finite, or `optim.on_spike: skip`."""
 
 
+class Dpo(Section):
+    """Learn from pairs of answers which one is preferred (dpo.py)."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the model is held to what it was at the start: a small one lets it go further."""
+    length_normalized: bool = False
+    """Compare means over an answer's tokens instead of sums, so that length is no advantage (with a beta some 10 times as large)."""
+
+
 class Speed(Section):
     """How the same numbers are computed. `auto` is the fast way, where a trial on the loaded base shows that it gives the plain way's
     results; `plain` is the way of transformers and PEFT, to compare with.
@@ -385,6 +394,7 @@ class Recipe(Section):
     """LoRA, or `none`: train every parameter."""
     optim: Optim
     train: Train
+    dpo: Dpo | None = None
     speed: Speed = Speed()
     stop: Stop = Stop()
     evaluation: Evaluation = Evaluation()
@@ -392,6 +402,16 @@ class Recipe(Section):
     checkpoints: Checkpoints = Checkpoints()
     tracking: Tracking = Tracking()
     output: Output
+
+    @property
+    def several_in_a_row(self) -> bool:
+        """May a row hold several conversations, which must not see each other?"""
+        return self.data.packing or self.dpo is not None
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens that a row may have."""
+        return self.data.max_length * (2 if self.dpo is not None else 1)
 
     @property
     def draws_noise(self) -> bool:
@@ -428,6 +448,8 @@ class Recipe(Section):
                     f"adapter.init: {self.adapter.init} needs an unquantised base; use default or gaussian, or model.quantization: none"
                 )
         text = self.chat.format == "text"
+        if self.dpo is not None:
+            problems += self._unfit_for_dpo()
         if self.data.too_long == "split" and not text:
             problems.append("data.too_long: split is for chat.format: text; a conversation is never split, use truncate or drop")
         for place, source in [(f"data.sets.{i}", s) for i, s in enumerate(self.data.sets)] or [("data", self.data)]:
@@ -446,6 +468,16 @@ class Recipe(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _unfit_for_dpo(self) -> list[str]:
+        found = []
+        if self.adapter == "none":
+            found.append("dpo needs an adapter: its reference is the model without what the adapter learns; set adapter: {rank: 16}")
+        if self.data.packing:
+            found.append("dpo trains on pairs, one a row, so that train.rows_per_step counts pairs; set data.packing: false")
+        if self.chat.format == "text" or self.chat.loss_on == "all":
+            found.append("dpo compares answers, and chat.format: text or chat.loss_on: all have none; choose a chat format")
+        return found
 
 
 def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:

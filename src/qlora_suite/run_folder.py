@@ -390,17 +390,26 @@ class Run:
         every, step = self.recipe.evaluation.every_steps, state.step
         return every is not None and 0 < step != state.evaluated and (step % every == 0 or step == self.num_steps)
 
-    def add_dev_loss(self, state: State, loss: float) -> None:
-        """Note an evaluation on the development split, and whether it is the best."""
+    def add_dev_loss(self, state: State, loss: float, **measured: float) -> None:
+        """Note an evaluation on the development split, and whether it is the best. `measured`: dpo.MEASURES."""
         state.evaluated = state.step
         better = math.isfinite(loss) and (state.best is None or loss < state.best["loss"])
         state.evaluations_without_gain = 0 if better else state.evaluations_without_gain + 1
         if better:
             state.best = {"step": state.step, "loss": loss}
         if self.main:
-            self._add(self.metrics, {"step": state.step, "attempt": self.status.attempt, "dev_loss": loss})
-            self._track({"dev_loss": loss}, state.step)
-            say(f"step {state.step}: development loss {loss:.4f} nats a token" + (" (best so far)" if better else ""))
+            self._add(
+                self.metrics,
+                {
+                    "step": state.step,
+                    "attempt": self.status.attempt,
+                    "dev_loss": loss,
+                    **(values := {f"dev_{k}": v for k, v in measured.items()}),
+                },
+            )
+            self._track({"dev_loss": loss, **values}, state.step)
+            of = f"nats a pair, the chosen answer preferred in {measured['accuracy']:.1%}" if measured else "nats a token"
+            say(f"step {state.step}: development loss {loss:.4f} {of}" + (" (best so far)" if better else ""))
 
     def signs(self, state: State, request: StopRequest, seconds: float, since_save: float) -> Signs:
         """What this rank sees; `seconds` of training, and since the last save. Looks after the folder, too."""

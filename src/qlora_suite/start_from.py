@@ -31,9 +31,7 @@ def folder_of(adapter: str) -> Path:
     run = Path(adapter)
     if (run / "recipe.yaml").is_file() and not (run / CONFIG_NAME).is_file():
         if not (run / "final").is_dir():
-            raise ValueError(
-                f"adapter.start_from: the run in {run} is not finished and has no final/; train on there, or name a checkpoint"
-            )
+            raise ValueError(f"adapter.start_from: the run in {run} is not finished and has no final/; train on, or name a checkpoint")
         return adapter_folder(str(run / "final"))
     return adapter_folder(adapter)
 

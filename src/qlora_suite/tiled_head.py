@@ -44,8 +44,8 @@ _question: ContextVar[Question | None] = ContextVar("question", default=None)
 
 @contextlib.contextmanager
 def asked(places: Tensor, targets: Tensor, summed: bool) -> Iterator[Question]:
-    """While it is open, a head that was given to `use` answers with losses where it would with logits: [1, 1, 1] their sum, with a
-    graph, or [1, tokens, 1] each of them, without.
+    """While it is open, a head that was given to `use` answers with losses where it would with logits: [1, 1, 1] their sum, or
+    [1, tokens, 1] each of them.
     """
     question = Question(places, targets, summed)
     token = _question.set(question)
@@ -65,11 +65,12 @@ def use(head: nn.Module, vocabulary: int) -> None:
             return logits_of(hidden, *args, **kwargs)
         question.answered = True
         tokens = hidden.flatten(0, -2).index_select(0, question.places)
-        if not question.summed or not torch.is_grad_enabled():
-            losses = _losses(tokens, question.targets, logits_of, tile)
-            return losses.sum()[None, None, None] if question.summed else losses[None, :, None]
         trained = [p for p in head.parameters() if p.requires_grad]
-        return _SummedLoss.apply(tokens, question.targets, logits_of, tile, *trained)[None, None, None]
+        if not torch.is_grad_enabled() or (trained and not question.summed):  # their gradient is a sum that must wait for the factors
+            losses = _losses(tokens, question.targets, logits_of, tile)
+        else:
+            losses = _Losses.apply(tokens, question.targets, logits_of, tile, *trained)
+        return losses.sum()[None, None, None] if question.summed else losses[None, :, None]
 
     assert "forward" not in vars(head), "somebody else has changed this head's forward pass"
     head.forward = forward
@@ -85,10 +86,11 @@ def _losses(tokens: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tenso
     return torch.cat([nn.functional.cross_entropy(logits_of(x).float(), y, reduction="none") for x, y in tiles])
 
 
-class _SummedLoss(torch.autograd.Function):
-    """Their sum, and in the same pass its gradients with respect to the hidden states and the head's trained weights.
+class _Losses(torch.autograd.Function):
+    """The loss of each token, and in the same pass its gradient with respect to its hidden state and the head's trained weights.
 
-    A loss is multiplied by the same number for all tokens later on, so that the gradients need not wait for it.
+    What a loss is multiplied by later on (1 / tokens of the step, or of a preference what the pair's margin says) its token's gradient is
+    multiplied by in the backward pass, so that it need not wait for it. Where the head is trained, it must be the same number for all.
     """
 
     @staticmethod
@@ -97,7 +99,7 @@ class _SummedLoss(torch.autograd.Function):
         scale = FP16_SCALE if computed_in == torch.float16 and not trained else 1.0
         tile = min(tile, TRAINED_TILE) if trained and computed_in != torch.float32 else tile
         needs_tokens = ctx.needs_input_grad[0]  # not where the head alone is trained
-        total = torch.zeros((), device=tokens.device)
+        losses = torch.empty(len(tokens), device=tokens.device)
         of_tokens = torch.empty_like(tokens) if needs_tokens else None
         of_trained = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
         for start in range(0, len(tokens), tile):
@@ -110,7 +112,7 @@ class _SummedLoss(torch.autograd.Function):
             largest = values.amax(dim=1, keepdim=True)
             exponentials = (values - largest).exp_()
             sums = exponentials.sum(dim=1, keepdim=True)
-            total += (sums.log() + largest - values.gather(1, wanted)).sum()
+            losses[start : start + tile] = (sums.log() + largest - values.gather(1, wanted)).squeeze(1)
             of_logits = exponentials.mul_(scale / sums).scatter_add_(1, wanted, torch.full_like(sums, -scale)).to(logits.dtype)
             del values
             gradients = list(torch.autograd.grad(logits, [x, *trained] if needs_tokens else trained, of_logits))
@@ -120,10 +122,12 @@ class _SummedLoss(torch.autograd.Function):
                 so_far.add_(gradient)
         ctx.scale = scale
         ctx.save_for_backward(*([of_tokens] if needs_tokens else []), *of_trained)
-        return total
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [gradient * (factor / ctx.scale) for gradient in ctx.saved_tensors]
-        of_tokens = gradients.pop(0) if ctx.needs_input_grad[0] else None
-        return of_tokens, None, None, None, *gradients
+    def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
+        of_trained, factors = list(ctx.saved_tensors), factors / ctx.scale
+        of_tokens = of_trained.pop(0) if ctx.needs_input_grad[0] else None
+        if of_tokens is not None:
+            of_tokens = (of_tokens * factors[:, None]).to(of_tokens.dtype)
+        return of_tokens, None, None, None, *(gradient * factors[:1].sum() for gradient in of_trained)

@@ -33,7 +33,7 @@ def build_model(
         check_separates_packed_rows(base)
         return base, base
     base = load_base(recipe.model, dtype, device, quant_storage=dtype if sharded else None, fused_gelu=fused_gelu)
-    if recipe.data.packing:
+    if recipe.several_in_a_row:
         check_separates_packed_rows(base)
     markers = manifest["role_markers"]
     markers_are_targets = recipe.chat.loss_on == "all" or markers["predicted"]
