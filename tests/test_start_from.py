@@ -84,9 +84,9 @@ def test_an_adapter_of_another_function_is_refused_by_key(first: tuple[Path, Pat
 def test_a_run_that_is_not_finished_and_a_folder_without_an_adapter_are_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = prepared(make_recipe(*FEW))
     run = train(recipe, f"output.dir={tmp_path / 'stopped'}", "stop.after_minutes=0.00001")
-    with pytest.raises(ValueError, match="is not finished and has no final/"):
+    with pytest.raises(ValueError, match=r"is not finished and has no final/"):
         start_from.folder_of(str(run))
-    with pytest.raises(ValueError, match="neither a folder here nor reachable on the hub|is no adapter that can be read"):
+    with pytest.raises(ValueError, match=r"neither a folder here nor reachable on the hub|is no adapter that can be read"):
         start_from.folder_of(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="has no effect with adapter.start_from"):
+    with pytest.raises(ValueError, match=r"has no effect with adapter.start_from"):
         load(recipe, ["adapter.start_from=x", "adapter.init=gaussian"])

@@ -398,16 +398,9 @@ class Run:
         if better:
             state.best = {"step": state.step, "loss": loss}
         if self.main:
-            self._add(
-                self.metrics,
-                {
-                    "step": state.step,
-                    "attempt": self.status.attempt,
-                    "dev_loss": loss,
-                    **(values := {f"dev_{k}": v for k, v in measured.items()}),
-                },
-            )
-            self._track({"dev_loss": loss, **values}, state.step)
+            values = {"dev_loss": loss, **{f"dev_{name}": value for name, value in measured.items()}}
+            self._add(self.metrics, {"step": state.step, "attempt": self.status.attempt, **values})
+            self._track(values, state.step)
             of = f"nats a pair, the chosen answer preferred in {measured['accuracy']:.1%}" if measured else "nats a token"
             say(f"step {state.step}: development loss {loss:.4f} {of}" + (" (best so far)" if better else ""))
 
