@@ -221,7 +221,7 @@ def test_generation_and_logits_are_as_they_were(folders: dict[str, Path]) -> Non
 
 def test_a_model_that_computes_otherwise_is_told_by_trial(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way is broken by hand: nobody but the trial could know."""
-    real_attention, real_outputs, real_loss = packed_attention._one_by_one, fast_paths.fused_lora._outputs, tiled_head._SummedLoss.apply
+    real_attention, real_outputs, real_loss = packed_attention._one_by_one, fast_paths.fused_lora._outputs, tiled_head._Losses.apply
     breaks = {
         "attention": (
             packed_attention,
@@ -229,7 +229,7 @@ def test_a_model_that_computes_otherwise_is_told_by_trial(folders: dict[str, Pat
             lambda q, k, v, ends, scale: real_attention(q, k, v, torch.cat([ends[..., :1], ends[..., 2:]], -1), scale),
         ),
         "lora": (fast_paths.fused_lora, "_outputs", lambda x, layers, dtype: [1.1 * y for y in real_outputs(x, layers, dtype)]),
-        "head": (tiled_head._SummedLoss, "apply", lambda *args: 1.1 * real_loss(*args)),
+        "head": (tiled_head._Losses, "apply", lambda *args: 1.1 * real_loss(*args)),
     }
     for lever, (module, name, broken) in breaks.items():
         plain = gradients(adapted(folders["phi"], "none", torch.float32)[0])
@@ -328,7 +328,7 @@ def test_copies_are_no_part_of_what_is_saved(folders: dict[str, Path]) -> None:
 
 def saved_bytes(net: nn.Module, dtype: torch.dtype, given: Batch) -> int:
     """Of the distinct storages that a forward pass keeps for the backward pass, without parameters and batch."""
-    known = {t.untyped_storage()._cdata for t in [*net.parameters(), *net.buffers(), *vars(given).values()]}
+    known = {t.untyped_storage()._cdata for t in [*net.parameters(), *net.buffers(), *(v for v in vars(given).values() if v is not None)]}
     known |= {m.unpacked.untyped_storage()._cdata for m in net.modules() if "unpacked" in vars(m)}
     kept: dict[int, int] = {}
     alive = []
