@@ -94,7 +94,7 @@ class Pairs(Section):
     margin: Positive = 1
     """preference_pairs: the two ranks differ by at least so much."""
     within: Annotated[int, Field(ge=0)] = 1
-    """conciseness_pairs: the two ranks differ by at most so much."""
+    """conciseness_pairs: the two ranks differ by at most so much (in OASST1's validation file no two siblings share a rank)."""
     shorter: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """conciseness_pairs: the chosen reply has at most this share of the other's words."""
 
