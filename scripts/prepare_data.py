@@ -141,6 +141,8 @@ def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     train, dev = counts["train"], counts["dev"]
     if (lost := train["cut_tokens"] / max(1, train["cut_tokens"] + train["supervised"])) > MUCH:
         remedy = "a larger one keeps it, where base and memory allow"
+        if recipe.dpo is not None and recipe.data.too_long == "truncate":
+            remedy += "; data.too_long: drop compares whole answers alone"
         say(f"note: {lost:.0%} of what there is to learn is cut off at data.max_length: {recipe.data.max_length:,}; {remedy}")
     if recipe.evaluation.every_steps is not None and not dev["kept"]:
         say("note: the dev split is empty, so scripts/train.py cannot evaluate; raise data.dev_share, or set evaluation.every_steps: null")
