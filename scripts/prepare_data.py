@@ -5,6 +5,7 @@
     python scripts/prepare_data.py recipes/quickstart.yaml data.policy=best_path --ids ids.tsv --export-jsonl chats.jsonl
     python scripts/prepare_data.py recipes/my_chat_data.yaml --inspect chats.json      what is in a file, and what to write into a recipe
 
+Data of pairs (a chosen and a rejected answer, for `dpo`) is prepared in the same way.
 Runs once, without a GPU, on all cores. Run again it says that the data is up to date, or makes it anew if the recipe or a
 source file has changed. Writes the recipe's data.prepared folder: train.arrow, dev.arrow (and an index of each), validation.arrow,
 bad_rows.jsonl, tokenizer/, manifest.json. Rows that cannot be used are left out, counted and named; --strict stops at the first.
@@ -44,7 +45,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     args = read_arguments(parser, look)
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -95,8 +96,7 @@ def run(recipe: Recipe, ids: str | None = None, export: str | None = None, stric
         manifest, (renderer, example) = prepare(recipe, selection, progress, num_workers, strict)
         show_bad_rows(selection)
     show_funnel(manifest["counts"], recipe)
-    if example is not None:
-        show_example(renderer, example)
+    show_example(renderer, example)
     say(manifest["role_markers"]["note"])
     agreement = manifest["chat_template"]
     if agreement and not agreement["checked"]:
@@ -120,11 +120,12 @@ def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     """Where every message and every conversation went."""
     reading, splits = reading_rows(counts), split_rows(counts, recipe.data.packing)
     width = max(map(len, [*LABELS.values(), *(label for label, _ in reading)]))
+    unit = "pairs" if recipe.dpo is not None else "conversations"
     if len(counts["sets"]) > 1:
         for one in counts["sets"]:
             left = one["read"] - sum(one["dropped"].values())
             of_it = f"{left:,} of {one['read']:,} {one['unit']} kept, of form {one['form']}"
-            say(f"{one['name']}: {of_it}; {one['taken']:,} conversations for training")
+            say(f"{one['name']}: {of_it}; {one['taken']:,} {unit} for training")
     for label, count in reading:
         say(f"{label:<{width}} {count:>9,}")
     say("")
@@ -140,14 +141,24 @@ def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     train, dev = counts["train"], counts["dev"]
     if (lost := train["cut_tokens"] / max(1, train["cut_tokens"] + train["supervised"])) > MUCH:
         remedy = "a larger one keeps it, where base and memory allow"
+        if recipe.dpo is not None and recipe.data.too_long == "truncate":
+            remedy += "; data.too_long: drop compares whole answers alone"
         say(f"note: {lost:.0%} of what there is to learn is cut off at data.max_length: {recipe.data.max_length:,}; {remedy}")
     if recipe.evaluation.every_steps is not None and not dev["kept"]:
         say("note: the dev split is empty, so scripts/train.py cannot evaluate; raise data.dev_share, or set evaluation.every_steps: null")
 
 
-def show_example(renderer: Renderer, example: Rendered) -> None:
-    """One conversation as the model sees it; what the loss counts is green, or in ⟦ ⟧ where there are no colours."""
+def show_example(renderer: Renderer, example: Sequence[Rendered]) -> None:
+    """One conversation, or the two of a pair, as the model sees it; what the loss counts is green, or in ⟦ ⟧ where there are no colours."""
     plain = not console.is_terminal or console.no_color
+    titles = ("one pair: the chosen answer", "the rejected one") if len(example) == 2 else ("one example",)
+    for title, one in zip(titles, example, strict=True):
+        console.rule(f"{title}; what is learnt is {'in ⟦ ⟧' if plain else 'green'}")
+        console.print(_marked(renderer, one, plain))
+    console.rule()
+
+
+def _marked(renderer: Renderer, example: Rendered, plain: bool) -> Text:
     text, ids, flags = Text(), example.ids, example.supervised
     start = 0
     for i in range(1, len(ids) + 1):
@@ -155,9 +166,7 @@ def show_example(renderer: Renderer, example: Rendered) -> None:
             part = renderer.tokenizer.decode(ids[start:i])
             text.append(f"⟦{part}⟧" if plain and flags[start] else part, style="bold green" if flags[start] else "dim")
             start = i
-    console.rule("one example; what is learnt is " + ("in ⟦ ⟧" if plain else "green"))
-    console.print(text)
-    console.rule()
+    return text
 
 
 def show_inspection(recipe: Recipe, file: str) -> None:
@@ -168,7 +177,7 @@ def show_inspection(recipe: Recipe, file: str) -> None:
     keys = ", ".join(key if count == found.read else f"{key} ({count:,})" for key, count in found.keys.most_common(12))
     say(f"keys            {keys}")
     roles = ", ".join(f"{role} {count:,}" for role, count in found.roles.most_common())
-    say(f"conversations   {len(found.turns):,}; turns: {roles or 'none'}")
+    say(f"{'pairs' if found.of_pairs else 'conversations':<15} {len(found.turns):,}; turns: {roles or 'none'}")
     if found.open_ends or found.unanswered:
         say(f"                {found.open_ends:,} end on an unanswered question, which is left off; {found.unanswered:,} have no answer")
     for reason, count in found.dropped.most_common():
@@ -180,6 +189,13 @@ def show_inspection(recipe: Recipe, file: str) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("", min_width=15)
     parts = {"turns": found.turns, "words of a reply": found.reply_words, "tokens": found.tokens}
+    if found.of_pairs:
+        parts = {
+            "turns": found.turns,
+            "words, chosen": found.reply_words,
+            "words, rejected": found.rejected_words,
+            "tokens of each": found.tokens,
+        }
     for name in quantiles(found.turns or [0]):
         table.add_column(name, justify="right")
     for name, values in parts.items():
@@ -189,9 +205,9 @@ def show_inspection(recipe: Recipe, file: str) -> None:
         shares = "   ".join(f"{length:,}: {found.share_cut(length):.1%}" for length in LENGTHS)
         say(f"\nlonger than max_length   {shares}")
         say(f"learnt                   {found.supervised / sum(found.tokens):.0%} of {sum(found.tokens):,} tokens")
-    if found.example is not None:
+    if found.example:
         show_example(found.renderer, found.example)
-    say("lines for the sections data and chat of a recipe:\n")
+    say(f"lines for the sections data{', chat and dpo' if found.of_pairs else ' and chat'} of a recipe:\n")
     console.print(Text(found.recipe_lines(recipe.data), style="cyan"))
 
 

@@ -380,6 +380,87 @@ def test_a_text_without_a_marker_is_named():
     )
 
 
+# --- pairs
+
+BAD = {"role": "assistant", "content": "bad"}
+CONTEXT = (Turn("user", "hi"), Turn("assistant", "hello", learn=False), Turn("user", "and you?"))
+
+
+def pair(values: dict[str, Any], **keys: Any) -> tuple[tuple[Turn, ...], str | None]:
+    """(turns, rejected)"""
+    found = result(values, "pairs", **keys)
+    assert isinstance(found, Conversation), found
+    return found.turns, found.rejected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": MESSAGES[:3], "chosen": "fine", "rejected": "bad"},
+        {"prompt": MESSAGES[:3], "chosen": [MESSAGES[3]], "rejected": [BAD]},
+        {"prompt": MESSAGES[:3], "chosen": MESSAGES, "rejected": [*MESSAGES[:3], BAD]},
+        {"prompt": MESSAGES[:3], "chosen": MESSAGES, "rejected": "bad"},
+        {"prompt": "and you?", "chosen": MESSAGES, "rejected": [*MESSAGES[:3], BAD]},
+        {"prompt": "hi ", "chosen": MESSAGES, "rejected": [*MESSAGES[:3], BAD]},
+        {"prompt": None, "chosen": MESSAGES, "rejected": [*MESSAGES[:3], BAD]},
+        {"chosen": MESSAGES, "rejected": [*MESSAGES[:3], BAD], "messages": MESSAGES, "score_chosen": 8.5},
+        {"chosen": [{"from": r, "value": t} for r, t in TALK], "rejected": [*MESSAGES[:3], BAD]},
+    ],
+)
+def test_pairs_are_the_same_however_the_prompt_is_written(values):
+    assert pair(values) == ((*CONTEXT, Turn("assistant", "fine")), "bad")
+    assert form_of(values, {}) == "pairs"
+    assert recognise([row(values)], source()) == "pairs"
+
+
+def test_a_pair_of_texts_with_a_system_column_and_other_names():
+    asked = (Turn("system", "S"), Turn("user", "hi"), Turn("assistant", "good"))
+    assert pair({"prompt": "hi", "chosen": "good", "rejected": "bad", "system": "S"}) == (asked, "bad")
+    values = {"question": "hi", "a": "good", "b": "bad", "about": "S"}
+    fields = {"prompt": "question", "chosen": "a", "rejected": "b", "system": "about"}
+    assert pair(values, fields=fields) == (asked, "bad")
+    assert form_of(values, fields) == "pairs"
+    said = {
+        "chosen": [{"role": "system", "content": "S"}, *MESSAGES[:2]],
+        "rejected": [{"role": "system", "content": "S"}, MESSAGES[0], BAD],
+    }
+    assert pair({"prompt": "hi", **said}) == ((*asked[:2], Turn("assistant", "hello")), "bad")
+
+
+def test_the_group_of_a_pair_is_its_first_question():
+    first, second = (result({"prompt": "hi", "chosen": a, "rejected": b}, "pairs") for a, b in (("x", "y"), ("y", "z")))
+    assert first.group == second.group == result({"prompt": "hi", "completion": "x"}, "prompt").group
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"prompt": "hi", "chosen": "x"}, 'the key rejected is missing, keys: ["prompt", "chosen"]'),
+        ({"prompt": "hi", "rejected": "x"}, "the key chosen is missing"),
+        ({"chosen": "x", "rejected": "y"}, "no prompt in front of the answers, prompt: null"),
+        ({"prompt": [], "chosen": "x", "rejected": "y"}, "no prompt in front of the answers, prompt: []"),
+        ({"chosen": [MESSAGES[1]], "rejected": [BAD]}, "no prompt in front of the answers"),
+        ({"prompt": " ", "chosen": "x", "rejected": "y"}, 'empty, user: " "'),
+        ({"prompt": 3, "chosen": "x", "rejected": "y"}, "no text and no list of messages, prompt: 3"),
+        ({"prompt": "hi", "chosen": 3, "rejected": "y"}, "no text and no list of messages, chosen: 3"),
+        ({"prompt": "hi", "chosen": "x", "rejected": None}, "no text and no list of messages, rejected: null"),
+        ({"prompt": "hi", "chosen": "x", "rejected": " "}, 'empty, assistant: " "'),
+        ({"prompt": "hi", "chosen": "x", "rejected": "x "}, 'chosen and rejected are the same answer, chosen: "x"'),
+        ({"prompt": "hi", "chosen": "x", "rejected": []}, "rejected does not end on an answer, rejected: []"),
+        ({"prompt": "hi", "chosen": MESSAGES[:1], "rejected": "y"}, "chosen does not end on an answer, chosen: [{"),
+        ({"prompt": "hi", "chosen": MESSAGES[:3], "rejected": "y"}, "chosen does not end on an answer"),
+        ({"prompt": "ho", "chosen": MESSAGES, "rejected": "y"}, "chosen is a conversation that does not repeat the prompt"),
+        ({"prompt": "hi", "chosen": "x", "rejected": MESSAGES[1:]}, "rejected is a conversation that does not repeat the prompt"),
+        ({"chosen": MESSAGES, "rejected": MESSAGES[:2]}, "chosen and rejected differ before their last turn, rejected: [{"),
+        ({"prompt": "hi", "chosen": MESSAGES, "rejected": "y"}, "chosen and rejected differ before their last turn"),
+        ({"prompt": "hi", "chosen": [MESSAGES[1] | {"weight": 0}], "rejected": "y"}, "chosen is an answer that is not to be learnt"),
+        ({"prompt": "hi", "chosen": "x", "rejected": [{"role": "narrator", "content": "x"}]}, 'unknown role (see data.roles), role: "nar'),
+    ],
+)  # fmt: skip
+def test_what_is_no_pair_is_named(values, words):
+    assert words in complaint(values, "pairs")
+
+
 # --- nothing else than a conversation or a bad row
 
 
@@ -400,7 +481,7 @@ def rows_of(form: str) -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
 
 @settings(max_examples=500, deadline=None)
 @given(
-    form_and_values=st.sampled_from(["messages", "sharegpt", "alpaca", "prompt", "text"]).flatmap(rows_of),
+    form_and_values=st.sampled_from(["messages", "sharegpt", "alpaca", "prompt", "pairs", "text"]).flatmap(rows_of),
     tools=st.sampled_from(["skip", "drop", "keep"]),
     same=st.sampled_from(["merge", "keep", "skip"]),
 )
@@ -411,6 +492,10 @@ def test_any_row_is_a_conversation_without_empty_turns_or_a_bad_row(form_and_val
     if isinstance(found, Conversation):
         assert found.turns
         assert all(turn.content.strip() and turn.role in ("system", "user", "assistant", "tool") for turn in found.turns)
+        assert (found.rejected is not None) is (form == "pairs")
+        if form == "pairs":
+            assert found.rejected.strip() not in ("", found.turns[-1].content.strip())
+            assert [turn.learn for turn in found.turns if turn.role == "assistant"][-1]
     else:
         assert str(found)
 
@@ -427,6 +512,10 @@ def test_any_row_is_a_conversation_without_empty_turns_or_a_bad_row(form_and_val
         ({"instruction": "x", "output": "y", "text": "both in one"}, "alpaca"),
         ({"prompt": "x", "completion": "y"}, "prompt"),
         ({"prompt": "x", "response": "y"}, "prompt"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "pairs"),
+        ({"prompt": "x", "chosen": [], "rejected": [], "messages": []}, "pairs"),
+        ({"chosen": "x", "rejected": None, "score": 3}, "pairs"),
+        ({"prompt": "x", "chosen": "y"}, None),
         ({"text": "x"}, "text"),
         ({"prompt": "x"}, None),
         ({"instruction": "x"}, None),
@@ -471,13 +560,14 @@ def test_rows_that_cannot_be_read_are_no_form():
         recognise([BadRow("chats.json line 1", "not JSON"), BadRow("chats.json line 2", "not JSON")], source())
 
 
-@pytest.mark.parametrize("form", ["messages", "sharegpt", "alpaca", "prompt", "text"])
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "alpaca", "prompt", "pairs", "text"])
 def test_a_later_row_of_another_form_is_a_bad_row(form):
     rows = {
         "messages": {"messages": MESSAGES},
         "sharegpt": {"conversations": MESSAGES},
         "alpaca": {"instruction": "x", "output": "y"},
         "prompt": {"prompt": "x", "completion": "y"},
+        "pairs": {"prompt": "x", "chosen": "y", "rejected": "z"},
         "text": {"text": "x"},
     }
     assert [other for other, values in rows.items() if isinstance(result(values, form), Conversation)] == [form]

@@ -9,10 +9,10 @@ import pytest
 
 from qlora_suite import oasst1, sources
 from qlora_suite.conversations import Conversation, Turn
-from qlora_suite.recipe import Filters
+from qlora_suite.recipe import PAIR_POLICIES, Filters, Pairs
 
 ASSET = Path(__file__).parents[1] / "assets" / "oasst1_en_validation.jsonl.gz"
-POLICIES = ("best_path", "joined_replies", "best_replies", "all_replies", "all_paths", "each_message")
+POLICIES = ("best_path", "joined_replies", "best_replies", "all_replies", "all_paths", "each_message", *PAIR_POLICIES)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,7 @@ def test_all_paths_learn_a_shared_reply_on_its_first_path_only():
         ("all_replies", ["P1: A1", "P2: A3", "P1: A2"]),
         ("all_paths", ["A3: P1 A1 P2 A3", "P3: P1 A2 P3"]),
         ("each_message", ["P1: P1", "A1: A1", "P2: P2", "A3: A3", "A2: A2", "P3: P3"]),
+        ("preference_pairs", ["A2>A1: P1 A2 A1"]),
     ],
 )
 def test_the_drawn_tree_gives_the_drawn_conversations(policy, expected):
@@ -142,6 +143,106 @@ def test_best_path_takes_the_earliest_reply_where_nobody_ranked():
 def test_a_conversation_has_a_language_only_if_all_its_messages_share_it():
     mixed = [message("P1"), message("A1", "P1"), message("A2", "P1", lang="de")]
     assert [c.language for c in oasst1.conversations(mixed, "all_paths", None)[0]] == ["en", None]
+
+
+# --- pairs
+
+
+@pytest.mark.parametrize(
+    ("policy", "filters", "pairs", "count", "prompts"),
+    [
+        ("preference_pairs", None, Pairs(), 1026, 418),  # the published number: every two siblings of unequal rank
+        ("preference_pairs", Filters(), Pairs(), 1022, 416),
+        ("preference_pairs", Filters(), Pairs(choose="adjacent"), 711, 416),
+        ("preference_pairs", Filters(), Pairs(choose="best_worst"), 416, 416),
+        ("preference_pairs", Filters(), Pairs(margin=2), 313, 282),
+        ("conciseness_pairs", None, Pairs(), 560, 380),
+        ("conciseness_pairs", Filters(), Pairs(), 557, 378),
+        ("conciseness_pairs", Filters(), Pairs(choose="best_worst"), 378, 378),
+        ("conciseness_pairs", Filters(), Pairs(within=0), 0, 0),
+    ],
+)
+def test_the_embedded_file_gives_exactly_the_known_pairs(messages, policy, filters, pairs, count, prompts):
+    found, _ = oasst1.conversations(messages, policy, filters, (), pairs)
+    assert (len(found), len({c.ids[0] for c in found}), len({c.key for c in found})) == (count, prompts, count)
+    if pairs == Pairs():
+        assert oasst1.conversations(messages, policy, filters)[0] == found, "the defaults"
+
+
+def test_deleted_replies_with_a_rank_are_what_the_default_filters_cost(messages):
+    every, kept = ({c.key: c for c in oasst1.conversations(messages, "preference_pairs", filters)[0]} for filters in (None, Filters()))
+    assert kept.items() <= every.items()
+    deleted = {m["message_id"] for m in messages if m["deleted"]}
+    assert all(deleted & {*every[key].ids} for key in every.keys() - kept.keys())
+    assert len(deleted & {m["message_id"] for m in messages if m["rank"] is not None}) == 3
+
+
+def pair_tree(*replies: tuple[str, int | None, int]) -> list[dict[str, Any]]:
+    """A question below a first one with its answer; (name, rank, words) of each reply to it."""
+    asked = [message("P1"), message("A0", "P1", rank=0), message("P2", "A0")]
+    return asked + [message(name, "P2", rank=rank, text=" ".join([name] * words)) for name, rank, words in replies]
+
+
+def pairs_of(tree: list[dict[str, Any]], policy: Any, **pairs: Any) -> list[str]:
+    return [c.key for c in oasst1.conversations(tree, policy, None, (), Pairs(**pairs))[0]]
+
+
+def test_a_pair_has_the_whole_path_as_context_and_learns_the_better_answer_alone():
+    found, _ = oasst1.conversations(pair_tree(("A1", 1, 2), ("A2", 0, 3)), "preference_pairs", None)
+    assert found == [
+        Conversation(
+            key="A2>A1",
+            ids=("P2", "A2", "A1"),
+            group="P1",
+            turns=(Turn("user", "P1"), Turn("assistant", "A0", learn=False), Turn("user", "P2"), Turn("assistant", "A2 A2 A2")),
+            language="en",
+            rejected="A1 A1",
+        )
+    ]
+    chosen, rejected = found[0].chosen_and_rejected()
+    assert chosen.turns == found[0].turns
+    assert rejected.turns == (*found[0].turns[:-1], Turn("assistant", "A1 A1"))
+    assert chosen.rejected is rejected.rejected is None
+
+
+def test_which_pairs_of_four_replies_are_chosen():
+    tree = pair_tree(("A3", 2, 1), ("A1", 0, 1), ("none", None, 1), ("A2", 1, 1), ("A4", 5, 1))
+    assert pairs_of(tree, "preference_pairs") == ["A1>A2", "A1>A3", "A1>A4", "A2>A3", "A2>A4", "A3>A4"]
+    assert pairs_of(tree, "preference_pairs", choose="adjacent") == ["A1>A2", "A2>A3", "A3>A4"]
+    assert pairs_of(tree, "preference_pairs", choose="best_worst") == ["A1>A4"]
+    assert pairs_of(tree, "preference_pairs", margin=3) == ["A1>A4", "A2>A4", "A3>A4"]
+    assert pairs_of(tree, "preference_pairs", margin=3, choose="adjacent") == ["A3>A4"]
+    assert pairs_of(tree, "preference_pairs", margin=6, choose="best_worst") == []
+
+
+def test_of_replies_with_one_rank_neither_is_the_better():
+    tree = pair_tree(("A1", 0, 1), ("A2", 0, 1), ("A3", 1, 1))
+    assert pairs_of(tree, "preference_pairs") == ["A1>A3", "A2>A3"]
+    assert pairs_of(tree, "preference_pairs", choose="adjacent") == ["A2>A3"]
+    assert pairs_of(tree, "preference_pairs", choose="best_worst") == ["A1>A3"]
+
+
+def test_the_shorter_of_two_like_ranks_is_chosen_whichever_is_the_better():
+    tree = pair_tree(("long", 0, 20), ("middle", 1, 10), ("short", 2, 5), ("wordless", 1, 0), ("none", None, 1))
+    assert pairs_of(tree, "conciseness_pairs") == ["short>middle", "middle>long"]
+    assert pairs_of(tree, "conciseness_pairs", within=2) == ["short>middle", "short>long", "middle>long"]
+    assert pairs_of(tree, "conciseness_pairs", within=2, choose="adjacent") == ["short>middle", "middle>long"]
+    assert pairs_of(tree, "conciseness_pairs", within=2, choose="best_worst") == ["short>long"]
+    assert pairs_of(tree, "conciseness_pairs", choose="best_worst") == ["middle>long"]
+    assert pairs_of(tree, "conciseness_pairs", within=2, shorter=0.4) == ["short>long"]
+    assert pairs_of(tree, "conciseness_pairs", within=0) == []
+
+
+@pytest.mark.parametrize(("words", "share", "paired"), [(29, 0.29, True), (30, 0.29, False), (80, 0.8, True), (81, 0.8, False)])
+def test_the_share_of_words_belongs_to_the_shorter(words, share, paired):
+    assert bool(pairs_of(pair_tree(("A1", 0, 100), ("A2", 1, words)), "conciseness_pairs", shorter=share)) is paired
+
+
+@pytest.mark.parametrize("rank", [None, float("nan"), float("inf"), -float("inf"), 10**400])
+def test_a_rank_that_is_no_place_in_an_order_makes_no_pair(rank):
+    tree = pair_tree(("A1", rank, 1), ("A2", 0, 9), ("A3", 0.5, 9))
+    for policy in PAIR_POLICIES:
+        assert pairs_of(tree, policy) == []
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -182,7 +283,7 @@ def test_all_replies_has_its_own_conditions_on_both_messages():
 
 def test_a_missing_parent_is_counted_and_pairs_below_it_stay():
     orphans = [message("P1", "gone"), message("A1", "P1", rank=0), message("A2", "lost", rank=0)]
-    for policy in ("best_path", "joined_replies", "all_paths"):
+    for policy in ("best_path", "joined_replies", "all_paths", *PAIR_POLICIES):
         assert oasst1.conversations(orphans, policy, None) == ([], {"parent missing": 2, "parent dropped": 1})
     for policy in ("best_replies", "all_replies"):
         found, dropped = oasst1.conversations(orphans, policy, None)

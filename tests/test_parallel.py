@@ -76,13 +76,14 @@ def test_what_the_items_raise_is_raised_here():
         list(in_order(isqrt, (1 // (300 - number) for number in range(1000)), 1000, 2))
 
 
+@pytest.mark.parametrize("keys", [(), ("data.policy=preference_pairs", "data.packing=false", "dpo={}")], ids=["conversations", "pairs"])
 def test_the_prepared_folder_does_not_depend_on_the_number_of_workers(
-    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(parallel, "WORTH_IT", 100)  # train alone: each start of processes that import transformers takes seconds
     tables, manifests = [], []
     for workers in (1, 2):
-        recipe = load(make_recipe(f"data.prepared={tmp_path / f'prepared{workers}'}", "data.weight=1.5"))
+        recipe = load(make_recipe(f"data.prepared={tmp_path / f'prepared{workers}'}", "data.weight=1.5", *keys))
         with selected(recipe) as selection:
             assert len(selection.splits["train"]) > 2 * CHUNK
             prepare(recipe, selection, num_workers=workers)

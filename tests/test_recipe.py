@@ -21,6 +21,9 @@ output: {dir: run}
 """
 
 
+PAIRS = ("data.policy=preference_pairs", "data.packing=false", "dpo={}")
+
+
 def _words(text: str) -> list[str]:
     return text.split()
 
@@ -33,14 +36,14 @@ CURVE = _words("""
     data.form data.fields data.roles data.same_role data.tool_turns data.learn_after data.learn_until data.weight data.sets
     data.replies.min_words data.replies.max_words data.replies.weights
     data.filters.languages data.filters.drop_deleted data.filters.drop_synthetic data.filters.drop_failed_review
-    data.filters.min_chars data.filters.max_chars
+    data.filters.min_chars data.filters.max_chars data.pairs
     data.max_examples data.max_length data.too_long data.packing
     chat.format chat.role_markers chat.system_prompt chat.template_arguments chat.rewritten_history chat.loss_on chat.escape_markers
     adapter.rank adapter.alpha adapter.dropout adapter.targets adapter.rslora adapter.dora adapter.neftune_noise_alpha
     adapter.init adapter.allow_partial
     optim.name optim.learning_rate optim.schedule optim.warmup_steps optim.min_learning_rate_ratio optim.weight_decay
     optim.betas optim.eps optim.max_grad_norm optim.spike_ratio optim.on_spike
-    train.rows_per_step train.epochs train.max_steps
+    train.rows_per_step train.epochs train.max_steps dpo
 """)
 FREE = _words("""
     data.prepared
@@ -71,6 +74,15 @@ def test_the_option_list_is_frozen(minimal: Path) -> None:
 def test_curve_keys_of_sections_that_are_a_word_or_null(minimal: Path) -> None:
     keys = curve_keys(load(minimal, ["adapter=none", "model.quantization=none", "data.filters=null"]))
     assert (keys["adapter"], keys["data.filters"]) == ("none", None)
+    keys = curve_keys(load(minimal, [*PAIRS, "data.pairs.choose=adjacent"]))
+    assert {key: keys[key] for key in keys if key.startswith(("dpo", "data.pairs"))} == {
+        "dpo.beta": 0.1,
+        "dpo.length_normalized": False,
+        "data.pairs.choose": "adjacent",
+        "data.pairs.margin": 1,
+        "data.pairs.within": 1,
+        "data.pairs.shorter": 0.8,
+    }
 
 
 def test_every_complaint_comes_at_once_with_its_key(minimal: Path) -> None:
@@ -160,6 +172,11 @@ def test_a_number_is_a_number_in_the_file_and_on_the_command_line(minimal: Path,
         ("previews.prompts=[1]", "previews.prompts.0: input should be a valid string (found 1)"),
         ("model.quantization=nf8", "model.quantization: input should be 'nf4', 'int8' or 'none' (found \"nf8\")"),
         ("seed=2147483648", "seed: input should be less than 2147483648 (found 2147483648)"),
+        ("dpo.beta=0", "dpo.beta: input should be greater than 0 (found 0)"),
+        ("data.pairs.margin=0", "data.pairs.margin: input should be greater than 0 (found 0)"),
+        ("data.pairs.within=-1", "data.pairs.within: input should be greater than or equal to 0 (found -1)"),
+        ("data.pairs.shorter=1", "data.pairs.shorter: input should be less than 1 (found 1)"),
+        ("data.pairs.choose=some", "data.pairs.choose: input should be 'all', 'adjacent' or 'best_worst' (found \"some\")"),
         ("checkpoints.keep=1", "checkpoints.keep: input should be greater than or equal to 2 (found 1)"),
     ],
 )
@@ -217,6 +234,21 @@ TEXT = ("chat.format=text",)
         (("data.sets=[{source: a}]",), "data: source: has no effect beside data.sets"),
         (("data.source=null",), "data: source: missing"),
         (("data.source=null", "data.sets=[{weight: 2.0}]"), "data: sets.0.source: missing"),
+        (PAIRS[:2], "data.policy: preference_pairs gives pairs of a chosen and a rejected answer; add dpo: {}"),
+        (("data.form=pairs",), "data.form: pairs gives pairs of a chosen and a rejected answer; add dpo: {}"),
+        (("data.sets=[{source: a, form: pairs}]", "data.source=null"), "data.sets.0.form: pairs gives pairs"),
+        ((*PAIRS[1:], "data.policy=all_paths"), "dpo needs pairs, and data.policy: all_paths gives none"),
+        ((*PAIRS[1:], "data.form=messages"), "dpo needs pairs, and data.form: messages gives none"),
+        (("dpo={}", "data.policy=preference_pairs"), "dpo takes one pair a row; set data.packing: false"),
+        ((*PAIRS, "adapter=none", "model.quantization=none"), "dpo compares with the weights it starts from, which adapter: none"),
+        ((*PAIRS, "chat.loss_on=all"), "dpo compares the answers alone, so chat.loss_on: all has no meaning"),
+        ((*PAIRS[1:], *TEXT), "dpo compares two answers to one prompt, and chat.format: text has no roles"),
+        (("data.pairs={}",), "data: pairs has no effect with policy: null; it is for preference_pairs and conciseness_pairs"),
+        (("data.policy=all_paths", "data.pairs={}"), "data: pairs has no effect with policy: all_paths"),
+        ((*PAIRS, "data.pairs.within=2"), "data: pairs.within has no effect with policy: preference_pairs; remove it"),
+        ((*PAIRS, "data.pairs.shorter=0.5"), "data: pairs.shorter has no effect with policy: preference_pairs; remove it"),
+        ((*PAIRS[1:], "data.policy=conciseness_pairs", "data.pairs.margin=2"), "pairs.margin has no effect with policy: conciseness_pairs"),
+        ((*PAIRS, "data.sets=[{source: a, form: pairs}]"), "data: source, policy: has no effect beside data.sets"),
         ((*TEXT, "data.policy=all_paths"), "chat.format: text has no roles; data.policy: all_paths gives conversations"),
     ],
 )
@@ -277,6 +309,8 @@ def test_what_is_no_override_is_one_sentence(minimal: Path, override: str) -> No
         ("model.double_quantization=false", "adapter.targets=[q_proj, fc1]", "adapter.alpha=0.3", "optim.eps=1e-12"),
         (*WHOLE, *TEXT, "output.final_dtype=float16", "data.too_long=split", "data.filters=null", "data.policy=each_message"),
         ("data.source=[a, b]", "data.filters.languages=[en, de]", "chat.format=llama2", "chat.system_prompt='Sei nett: ja\n\n#'"),
+        (*PAIRS, "data.pairs.choose=best_worst", "data.pairs.margin=2", "dpo.beta=0.3"),
+        (*PAIRS[1:], "data.policy=conciseness_pairs", "data.pairs.shorter=0.5", "dpo.length_normalized=true"),
         ("previews.prompts=['1e-4', 'yes', 'null', 'é', '2020-01-01']", "tracking.trackers=[wandb]", "train.micro_batch=4"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_suite import dataset
+from qlora_suite import dataset, preparation
 from qlora_suite.batches import EMPTY, Limit, Order, micro_batches
 from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.loss import collate
@@ -67,10 +67,36 @@ def test_every_token_is_written_once_and_read_back_as_it_was(folder: Path, given
         assert batch.input_ids[number, len(expected) :].tolist() == [7] * padding
 
 
+@quick
+@given(st.lists(st.tuples(pieces(), pieces()), min_size=1, max_size=12), st.integers(1, 5))
+def test_a_row_of_pairs_is_the_two_halves_of_one(folder: Path, given_pairs: list[Any], at_once: int) -> None:
+    counts = Counts()
+    with Pieces(folder) as found, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "ROWS_AT_ONCE", at_once)
+        for (key, *chosen), (_, *rejected) in given_pairs:
+            found.add(key, *chosen)
+            found.add(key, *rejected)
+        write_rows(folder / "train.arrow", found, SimpleNamespace(packing=False, max_length=LENGTH), counts, pairs=True)
+    rows = dataset.Rows(folder / "train.arrow")
+    assert sum(1 for _ in rows.check()) == -(-len(given_pairs) // at_once)
+    assert counts.rows == len(rows) == len(given_pairs)
+    for number, ((key, *chosen), (_, *rejected)) in enumerate(given_pairs):
+        row = rows[number]
+        assert rows.examples(number) == [key, key]
+        assert row["lengths"] == [len(chosen[0]), len(rejected[0])]
+        assert [row["input_ids"].tolist(), row["supervised"].tolist()] == [a + b for a, b in zip(chosen, rejected, strict=True)]
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 turns = st.builds(Turn, st.sampled_from(["system", "user", "assistant", "tool"]), texts, st.booleans())
 conversations = st.builds(
-    Conversation, texts, st.lists(texts, max_size=3).map(tuple), texts, st.lists(turns, max_size=4).map(tuple), st.none() | texts
+    Conversation,
+    texts,
+    st.lists(texts, max_size=3).map(tuple),
+    texts,
+    st.lists(turns, max_size=4).map(tuple),
+    st.none() | texts,
+    st.none() | texts,
 )
 
 

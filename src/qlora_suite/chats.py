@@ -4,10 +4,12 @@
     sharegpt    {"conversations": [{"from": "human", "value": "..."}, ...]}
     alpaca      {"instruction": "...", "input": "...", "output": "...", "history": [[question, answer], ...]}
     prompt      {"prompt": "...", "completion": "..."}  or "response"                      a text each, or messages each
+    pairs       {"prompt": "...", "chosen": "...", "rejected": "..."}                      for DPO; a text each, or messages each
     text        {"text": "..."}                                                            no roles: all is learnt, or what markers say
     oasst       {"message_id", "parent_id", "message_tree_id", "text", "role", ...}        -> oasst1.py
 
-All but `text` may have a "system" beside. data.fields and data.roles give other names to keys and roles. A message with
+Of `pairs` the chosen and the rejected messages may repeat the prompt, which then may be missing: two conversations that differ in their
+last turn alone. All but `text` may have a "system" beside. data.fields and data.roles give other names to keys and roles. A message with
 `"train": false` or `"weight": 0` is context and is not learnt.
 
 A row that is no chat becomes a `BadRow` that names the key and the value; nothing is repaired in silence.
@@ -52,6 +54,8 @@ def form_of(row: dict[str, Any], fields: dict[str, str]) -> Form | None:
 
     if has("message_id", "parent_id"):
         return "oasst"
+    if has("chosen", "rejected"):  # preference data often has the chosen conversation as its messages too
+        return "pairs"
     if has("messages"):
         return "messages"
     if has("conversations"):
@@ -93,19 +97,22 @@ def conversation_of(row: Row, form: Form, source: Source) -> Conversation | BadR
     in front of the first thing learnt; without any, of everything), so that several answers to one prompt, or one chat written out
     turn by turn, stay on one side of a split.
     """
+    rejected = None
     try:
         get = _Values(row.values, dict(source.fields))
         if form == "text":
             turns = _text_turns(get.needed("text"), source)
+        elif form == "pairs":
+            turns, rejected = _pair(get, _Reading(source))
         else:
             turns = _READERS[form](get, _Reading(source))
     except _Bad as bad:
         return BadRow(row.place, bad.reason, bad.key, shown(bad.value) if bad.key else "")
-    if sum(len(t.content) for t in turns) > LONGEST:
+    if sum(len(t.content) for t in turns) + len(rejected or "") > LONGEST:
         return BadRow(row.place, f"more than {LONGEST:,} characters; cut it into rows", turns[0].role, shown(turns[0].content[:100]))
     first = next((t.content for t in turns if t.role == "user"), None) if form != "text" else _text_question(turns, source)
     key = f"{row.place.file}:{row.place.number}"
-    return Conversation(key=key, ids=(key,), group=_group(first or "".join(t.content for t in turns)), turns=turns)
+    return Conversation(key=key, ids=(key,), group=_group(first or "".join(t.content for t in turns)), turns=turns, rejected=rejected)
 
 
 def _group(text: str) -> str:
@@ -263,6 +270,43 @@ def _prompt(get: _Values, reading: _Reading) -> tuple[Turn, ...]:
 
 
 _READERS = {"messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "prompt": _prompt}
+
+
+# --- pairs
+
+
+def _pair(get: _Values, reading: _Reading) -> tuple[tuple[Turn, ...], str]:
+    """The chosen conversation, of which the last turn alone is learnt, and the rejected answer."""
+    chosen, rejected = (_answered(get, name, reading) for name in ("chosen", "rejected"))
+    *context, answer = chosen
+    *other_context, other = rejected
+    if [(t.role, t.content) for t in context] != [(t.role, t.content) for t in other_context]:
+        raise _Bad("chosen and rejected differ before their last turn", "rejected", get("rejected"))
+    if not any(turn.role == "user" for turn in context):
+        raise _Bad("no prompt in front of the answers", "prompt", get("prompt"))
+    if answer.content.strip() == other.content.strip():
+        raise _Bad("chosen and rejected are the same answer", "chosen", answer.content)
+    return (*(replace(turn, learn=turn.role != "assistant") for turn in context), answer), other.content
+
+
+def _answered(get: _Values, name: str, reading: _Reading) -> tuple[Turn, ...]:
+    """The prompt and one of the two answers: a text, its message alone, or a conversation that repeats the prompt."""
+    prompt, answer, names = get("prompt"), get.needed(name), ("role", "content")
+    before = [Turn("user", prompt)] if isinstance(prompt, str) else []
+    if prompt is not None and not before:
+        before = reading.turns(prompt, "prompt", names, context=True, may_be_text=True)
+    after = [Turn("assistant", answer)] if isinstance(answer, str) else reading.turns(answer, name, names, may_be_text=True)
+    if len(after) > 1:
+        said, asked = ([(t.role, t.content.strip()) for t in turns] for turns in (after[:-1], before))
+        if not any(said[i : i + len(asked)] == asked for i in range(len(said) - len(asked) + 1)):
+            raise _Bad(f"{name} is a conversation that does not repeat the prompt", name, answer)
+        before = []
+    turns = reading.finished([*before, *after], get("system"))
+    if turns[-1].role != "assistant" or not after:
+        raise _Bad(f"{name} does not end on an answer", name, answer)
+    if not turns[-1].learn:
+        raise _Bad(f"{name} is an answer that is not to be learnt", name, answer)
+    return turns
 
 
 # --- plain text

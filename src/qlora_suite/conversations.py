@@ -25,11 +25,20 @@ class Conversation:
     """The tree it comes from: splits are cut, and intervals resampled, by this."""
     turns: tuple[Turn, ...]
     language: str | None = None
+    rejected: str | None = None
+    """Of a pair: the other answer to the same turns, worse than the last turn, which alone is learnt."""
 
     def without_open_end(self) -> "Conversation | None":
         """Ends on an assistant turn: user turns after the last one have no answer to learn. None if nothing is left."""
         last = max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=-1)
         return replace(self, turns=self.turns[: last + 1]) if last >= 0 else None
+
+    def chosen_and_rejected(self) -> "tuple[Conversation, Conversation]":
+        """A pair as two conversations that differ in their last turn."""
+        assert self.rejected is not None, "no pair"
+        *context, answer = self.turns
+        chosen = replace(self, rejected=None)
+        return chosen, replace(chosen, turns=(*context, replace(answer, content=self.rejected)))
 
     def ending_at_each_answer(self) -> "list[Conversation]":
         """The conversation up to each learnt answer, with this answer alone learnt: all of them in the words of a last turn."""

@@ -1,7 +1,8 @@
 """The prepared data: what scripts/prepare_data.py writes and scripts/train.py and scripts/evaluate.py read.
 
     prepared/quickstart/
-      train.arrow        rows for training: input_ids, supervised, lengths (of the conversations in the row), examples
+      train.arrow        rows for training: input_ids, supervised, lengths (of the conversations in the row), examples;
+                         of data of pairs each row is one: the chosen conversation, and behind it the rejected one
       train.index.arrow  of each of them: its tokens, its supervised tokens, and where it stands in train.arrow
       dev.arrow          the same, for choosing checkpoints
       dev.index.arrow
@@ -31,7 +32,7 @@ from qlora_suite.recipe import Recipe
 from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.run_place import check_path
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 TICK_NS = 2 * 10**9
 """The coarsest clock of a file system's times (FAT)."""
 WORTH_A_BAR = 256
@@ -61,6 +62,7 @@ CONVERSATIONS = pa.schema(
         ("group", pa.string()),
         ("language", pa.string()),
         ("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("learn", pa.bool_())]))),
+        ("rejected", pa.string()),
     ]
 )
 
@@ -282,13 +284,14 @@ def conversation_record(conversation: Conversation) -> dict[str, Any]:
         "group": conversation.group,
         "language": conversation.language,
         "turns": turns,
+        "rejected": conversation.rejected,
     }
 
 
 def conversation_from(record: Mapping[str, Any]) -> Conversation:
     """The reverse of `conversation_record`."""
     turns = tuple(Turn(**turn) for turn in record["turns"])
-    return Conversation(record["key"], tuple(record["ids"]), record["group"], turns, record["language"])
+    return Conversation(record["key"], tuple(record["ids"]), record["group"], turns, record["language"], record["rejected"])
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -413,6 +416,8 @@ def _is_manifest(values: dict[str, Any]) -> bool:
     parts = [values.get(name) for name in ("recipe", "sources", "source_stats", "files", "counts", "role_markers")]
     if not all(isinstance(part, dict) for part in parts) or not isinstance(values.get("tokenizer"), str):
         return False
+    if not isinstance(values.get("pairs"), bool):
+        return False
     recipe, _, _, files, counts, markers = parts
     splits, sets, ids = [counts.get(split) for split in ("train", "dev", "validation")], counts.get("sets"), markers.get("token_ids")
     return (
@@ -443,6 +448,8 @@ def staleness(manifest: Mapping[str, Any], recipe: Recipe, verify: bool = False)
                 return f"it was written before {section}.{key} existed"
             if before[section][key] != after[section][key]:
                 return "{} was {!r} and is now {!r}".format(*_difference(f"{section}.{key}", before[section][key], after[section][key]))
+    if manifest["pairs"] != (recipe.dpo is not None):
+        return "it holds pairs, and the recipe has no dpo" if manifest["pairs"] else "the recipe has dpo, and it holds no pairs"
     current = source_stats(recipe)
     # A file that changed just before the manifest was written may have changed again since, within one tick of a coarse clock.
     settled = (Path(recipe.data.prepared) / MANIFEST).stat().st_mtime_ns - TICK_NS

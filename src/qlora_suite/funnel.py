@@ -17,6 +17,7 @@ LABELS = {
     "nothing_new": "  dropped: nothing that is learnt here",
     "refused": "  dropped: the chat format cannot write them",
     "dropped_too_long": "  dropped: too long",
+    "same_answers": "  dropped: both answers are the same",
     "kept": "conversations kept",
     "open_ends": "  of them, cut before a last unanswered prompt",
     "cut_conversations": "  of them, cut at max_length",
@@ -29,9 +30,16 @@ LABELS = {
     "rows": "rows",
     "tokens": "tokens",
     "supervised": "supervised tokens",
+    "chosen": "  of them, of chosen answers",
+    "rejected": "  of them, of rejected answers",
+}
+OF_PAIRS = LABELS | {
+    "conversations": "pairs taken",
+    "no_reply": "  dropped: an answer of an unwanted length",
+    "kept": "pairs kept",
 }
 ALWAYS = ("trees", "conversations", "kept", "rows", "tokens", "supervised")
-AS_MESSAGES = ("rows", "tokens", "supervised")
+AS_MESSAGES = ("rows", "tokens", "supervised", "chosen", "rejected")
 """What the validation split does not have: it is kept as messages, and evaluate.py renders it in each format that it compares."""
 
 
@@ -45,7 +53,8 @@ def reading_rows(counts: dict[str, Any]) -> list[tuple[str, int]]:
 def split_rows(counts: dict[str, Any], packing: bool) -> list[tuple[str, list[str]]]:
     """A label and its values in the order of SPLITS; lines that are zero throughout are left out."""
     lines = []
-    for key, label in LABELS.items():
+    pairs = any(counts[split].get("pairs", 0) for split in SPLITS)
+    for key, label in (OF_PAIRS if pairs else LABELS).items():
         values = [counts[split].get(key, 0) for split in SPLITS]  # data of an earlier version has fewer
         if any(values) or key in ALWAYS:
             lines.append((label, [*(f"{v:,}" for v in values[:2]), "-" if key in AS_MESSAGES else f"{values[2]:,}"]))

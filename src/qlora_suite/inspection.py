@@ -13,7 +13,7 @@ from qlora_suite import chats, oasst1, sources
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation
 from qlora_suite.model import load_config, load_tokenizer
-from qlora_suite.recipe import Chat, Form, Recipe, Source
+from qlora_suite.recipe import PAIR_POLICIES, Chat, Dpo, Form, Recipe, Source
 from qlora_suite.rendered import Rendered
 from qlora_suite.role_markers import add_role_markers
 from qlora_suite.selection import Progress
@@ -22,7 +22,7 @@ from qlora_suite.sources import BadRow, Row
 MAX_ROWS = 10_000
 """Of a file of chats or texts; OASST trees are read whole."""
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-HOW_ROWS_ARE_READ = ("form", "fields", "roles", "same_role", "tool_turns", "learn_after", "learn_until", "filters")
+HOW_ROWS_ARE_READ = ("form", "fields", "roles", "same_role", "tool_turns", "learn_after", "learn_until", "filters", "pairs")
 ENOUGH = 0.05
 """The suggested max_length cuts at most this share of the conversations."""
 
@@ -51,17 +51,24 @@ class Inspection:
     """Turns of each conversation."""
     reply_words: list[int] = field(default_factory=list)
     """Words of each reply that is learnt."""
+    rejected_words: list[int] = field(default_factory=list)
+    """Of pairs: words of each rejected answer."""
     tokens: list[int] = field(default_factory=list)
-    """Tokens of each conversation."""
+    """Tokens of each conversation; of a pair, of each of its two."""
     supervised: int = 0
     open_ends: int = 0
     unanswered: int = 0
-    example: Rendered | None = None
+    example: list[Rendered] = field(default_factory=list)
+    """One, of a pair two."""
     renderer: Renderer | None = None
 
     def share_cut(self, max_length: int) -> float:
         """Share of the conversations that are longer."""
         return float(np.mean(np.array(self.tokens) > max_length)) if self.tokens else 0.0
+
+    @property
+    def of_pairs(self) -> bool:
+        return self.form == "pairs" or self.policy in PAIR_POLICIES
 
     @property
     def max_length(self) -> int:
@@ -74,6 +81,9 @@ class Inspection:
         data = {"source": self.file, "split": "by_hash"} | ({"policy": self.policy} if self.policy else {"form": self.form})
         values = source.model_dump(mode="json", include=set(HOW_ROWS_ARE_READ) - {"form"}, exclude_defaults=True)
         sections = {"data": {**data, **values, "max_length": self.max_length}, "chat": {"format": self.chat.format}}
+        if self.of_pairs:
+            sections["data"]["packing"] = False
+            sections["dpo"] = {"beta": Dpo().beta}
         lines = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=1000)
         return lines.replace("split: by_hash\n", "split: by_hash        # a fifth is held out for scripts/evaluate.py\n").rstrip()
 
@@ -95,7 +105,8 @@ def inspect(recipe: Recipe, file: str, progress: Progress) -> Inspection:
         config = load_config(recipe.model).get_text_config()
     except ValueError as why:
         raise ValueError(f"{why}; tokens need a tokenizer: model.base=assets/tiny_phi shows the rest without yours") from None
-    found = Inspection(file, form, chat, getattr(config, "max_position_embeddings", None), "all_paths" if form == "oasst" else None)
+    policy = (recipe.data.policy if recipe.data.policy in PAIR_POLICIES else "all_paths") if form == "oasst" else None
+    found = Inspection(file, form, chat, getattr(config, "max_position_embeddings", None), policy)
     tokenizer = load_tokenizer(recipe.model)
     renderer = Renderer(tokenizer, chat, add_role_markers(tokenizer, config.vocab_size, chat))
     found.renderer = renderer
@@ -120,7 +131,7 @@ def _conversations(rows: Sequence[Row], source: Source, found: Inspection) -> It
         forest = oasst1.forest(rows)
         for bad in forest.bad_rows:
             _leave_out(bad, found)
-        conversations, dropped = oasst1.conversations(forest.messages, found.policy, source.filters, forest.left_out)
+        conversations, dropped = oasst1.conversations(forest.messages, found.policy, source.filters, forest.left_out, source.pairs)
         found.dropped += dropped
         yield from conversations
         return
@@ -147,20 +158,22 @@ def _look_at(conversation: Conversation, renderer: Renderer, found: Inspection) 
         return
     found.open_ends += len(kept.turns) < len(conversation.turns)
     found.reply_words += [len(t.content.split()) for t in kept.turns if t.role == "assistant" and t.learn]
+    if kept.rejected is not None:
+        found.rejected_words.append(len(kept.rejected.split()))
     try:
-        rendered = renderer.render(kept)
+        rendered = [renderer.render(one) for one in (kept.chosen_and_rejected() if kept.rejected is not None else [kept])]
     except ValueError as why:
         found.dropped["the chat format cannot write it"] += 1
         found.refused = found.refused or str(why)
         return
-    found.tokens.append(len(rendered.ids))
-    found.supervised += rendered.num_supervised
-    if rendered.num_supervised and (found.example is None or _distance(rendered) < _distance(found.example)):
+    found.tokens += [len(one.ids) for one in rendered]
+    found.supervised += sum(one.num_supervised for one in rendered)
+    if rendered[0].num_supervised and (not found.example or _distance(rendered) < _distance(found.example)):
         found.example = rendered
 
 
-def _distance(rendered: Rendered) -> int:
-    return abs(len(rendered.ids) - 150)
+def _distance(example: list[Rendered]) -> int:
+    return abs(max(len(one.ids) for one in example) - 150)
 
 
 def quantiles(values: Sequence[int]) -> dict[str, Any]:

@@ -18,22 +18,33 @@ A *policy* says which conversations are taken from it. From the tree above:
 (`key` and `ids` of the first conversation; best_path's key is the tree's id, which is also its root's.) Trees and the
 replies to one message are taken in file order, and a tree is walked depth first, so the same data gives the same list.
 A conversation may end on a prompter (`best_path` above): `Conversation.without_open_end` takes that turn off later.
+
+Two policies give pairs, for DPO: of two replies to one prompt the better is learnt, with the whole path from the root
+down to the prompt as context, and the other one is `rejected`:
+
+    preference_pairs     P1 A2, not A1     the better rank                       key A2>A1   ids P1 A2 A1
+    conciseness_pairs    P1 A1, not A2     the shorter of two with like ranks    key A1>A2   ids P1 A1 A2      (A1 is short)
+
+A reply that nobody ranked is in no pair. The English validation file (assets/) has 1,026 pairs of siblings with unequal
+ranks, under 418 prompts: what `preference_pairs` gives with `filters: null`. The default filters drop three deleted
+replies that carry a rank, which leaves 1,022 pairs under 416 prompts. That a path has to reach its root costs none.
 """
 
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 from typing import Any
 
 from qlora_suite.conversations import LONGEST, Conversation, Turn
-from qlora_suite.recipe import Filters, Policy
+from qlora_suite.recipe import PAIR_POLICIES, Filters, Pairs, Policy
 from qlora_suite.sources import BadRow, Row, shown
 
 Message = dict[str, Any]
 ROLES = {"prompter": "user", "assistant": "assistant"}
-_FROM_THE_ROOT = ("best_path", "joined_replies", "all_paths")
-_PAIRS = ("best_replies", "all_replies")
+_FROM_THE_ROOT = ("best_path", "joined_replies", "all_paths", *PAIR_POLICIES)
+_WITH_PROMPT = ("best_replies", "all_replies")
 
 
 @dataclass(frozen=True)
@@ -74,12 +85,13 @@ def forest(rows: Iterable[Row]) -> Forest:
 
 
 def conversations(
-    messages: list[Message], policy: Policy, filters: Filters | None, left_out: Collection[str] = ()
+    messages: list[Message], policy: Policy, filters: Filters | None, left_out: Collection[str] = (), pairs: Pairs | None = None
 ) -> tuple[list[Conversation], Counter[str]]:
     """The policy's conversations of a `forest`'s messages, and the number of messages dropped by each reason.
 
     Every message is kept or dropped by exactly one reason: kept = len(messages) - dropped.total(). A kept message need not
-    stand in a conversation (`best_path` passes most of them by). `left_out`: parents that are known to be lost.
+    stand in a conversation (`best_path` passes most of them by). `left_out`: parents that are known to be lost. `pairs`: which
+    ones a policy of pairs gives.
     """
     by_id = {message["message_id"]: message for message in messages}
     order = _depth_first(by_id)
@@ -87,6 +99,8 @@ def conversations(
     kept = {i: m for i, m in order.items() if i not in reasons}
     dropped = Counter(reasons.values())
     assert len(messages) == len(kept) + dropped.total(), "the messages are no forest"
+    if policy in PAIR_POLICIES:
+        return list(_PAIRS[policy](kept, pairs or Pairs())), dropped
     return list(_POLICIES[policy](kept)), dropped
 
 
@@ -165,13 +179,13 @@ def _dropped(
             reason = "parent dropped"
         if reason:
             reasons[i] = reason
-    if policy in _PAIRS:
-        reasons |= _without_pair({i: m for i, m in order.items() if i not in reasons}, by_id, policy)
+    if policy in _WITH_PROMPT:
+        reasons |= _without_prompt({i: m for i, m in order.items() if i not in reasons}, by_id, policy)
     return reasons
 
 
-def _without_pair(forest: dict[str, Message], by_id: dict[str, Message], policy: Policy) -> dict[str, str]:
-    """Pairs look no further than one reply and its prompt, so what is dropped here leaves the rest of its branch alone.
+def _without_prompt(forest: dict[str, Message], by_id: dict[str, Message], policy: Policy) -> dict[str, str]:
+    """They look no further than one reply and its prompt, so what is dropped here leaves the rest of its branch alone.
 
     `all_replies` has conditions of its own, whatever the filters: both messages English, not deleted, not failed in review.
     """
@@ -240,12 +254,12 @@ def _joined_replies(forest: dict[str, Message]) -> Iterator[Conversation]:
 
 def _best_replies(forest: dict[str, Message]) -> Iterator[Conversation]:
     """Each reply of rank 0 with its prompt. A reply that nobody ranked is left out."""
-    return (pair for reply, pair in _pairs(forest) if reply.get("rank") == 0)
+    return (found for reply, found in _with_prompt(forest) if reply.get("rank") == 0)
 
 
 def _all_replies(forest: dict[str, Message]) -> Iterator[Conversation]:
-    """Each reply with its prompt (see `_without_pair` for the conditions on both)."""
-    return (pair for _, pair in _pairs(forest))
+    """Each reply with its prompt (see `_without_prompt` for the conditions on both)."""
+    return (found for _, found in _with_prompt(forest))
 
 
 def _all_paths(forest: dict[str, Message]) -> Iterator[Conversation]:
@@ -277,11 +291,80 @@ _POLICIES: dict[Policy, Callable[[dict[str, Message]], Iterator[Conversation]]] 
 }
 
 
-def _pairs(forest: dict[str, Message]) -> Iterator[tuple[Message, Conversation]]:
+def _with_prompt(forest: dict[str, Message]) -> Iterator[tuple[Message, Conversation]]:
     for reply in forest.values():
         prompt = forest.get(reply.get("parent_id") or "")
         if reply["role"] == "assistant" and prompt is not None and prompt["role"] == "prompter":
             yield reply, _conversation(prompt["message_id"], [reply], [prompt, reply], [_turn(prompt), _turn(reply)])
+
+
+# --- forest -> pairs
+
+
+def preference_pairs(forest: dict[str, Message], pairs: Pairs) -> Iterator[Conversation]:
+    """Of two replies to one prompt whose ranks differ by `margin` or more, the better one is chosen."""
+
+    def apart(better: Message, worse: Message) -> float:
+        ranks = worse["rank"] - better["rank"]
+        return ranks if ranks >= pairs.margin else 0
+
+    return _pairs(forest, lambda reply: reply["rank"], apart, pairs.choose)
+
+
+def conciseness_pairs(forest: dict[str, Message], pairs: Pairs) -> Iterator[Conversation]:
+    """Of two replies to one prompt whose ranks differ by `within` or less, the shorter one is chosen, whichever rank is the better;
+    but only where it has at most the share `shorter` of the other one's words.
+    """
+
+    def apart(shorter: Message, longer: Message) -> float:
+        few, many = _num_words(shorter), _num_words(longer)
+        like_ranks = abs(longer["rank"] - shorter["rank"]) <= pairs.within
+        return many - few if like_ranks and few and few / many <= pairs.shorter else 0
+
+    return _pairs(forest, _num_words, apart, pairs.choose)
+
+
+_PAIRS: dict[Policy, Callable[[dict[str, Message], Pairs], Iterator[Conversation]]] = {
+    "preference_pairs": preference_pairs,
+    "conciseness_pairs": conciseness_pairs,
+}
+
+
+def _pairs(
+    forest: dict[str, Message], order: Callable[[Message], float], apart: Callable[[Message, Message], float], choose: str
+) -> Iterator[Conversation]:
+    """Pairs of replies to each prompt, chosen first. `order` puts the better reply first, of equals the earlier one; `apart` says how far
+    the second lies behind the first, 0 if the two make no pair.
+    """
+    replies = _replies(forest)
+    for prompt in forest.values():
+        ranked = [m for m in replies[prompt["message_id"]] if m["role"] == "assistant" and _is_ranked(m)]
+        if prompt["role"] != "prompter" or len(ranked) < 2:
+            continue
+        ranked.sort(key=lambda m: (order(m), str(m.get("created_date")), m["message_id"]))  # whatever the order in the file
+        together = pairwise(ranked) if choose == "adjacent" else combinations(ranked, 2)
+        pairs = [(better, worse) for better, worse in together if apart(better, worse)]
+        if choose == "best_worst" and pairs:
+            pairs = [max(pairs, key=lambda pair: apart(*pair))]
+        path = _path(prompt, forest)
+        context = [_turn(m, learn=m["role"] != "assistant") for m in path]
+        for chosen, rejected in pairs:
+            key = f"{chosen['message_id']}>{rejected['message_id']}"
+            found = _conversation(key, [prompt, chosen, rejected], [*path, chosen, rejected], [*context, _turn(chosen)])
+            yield replace(found, rejected=rejected["text"])
+
+
+def _is_ranked(message: Message) -> bool:
+    """By a number to count with: not by null, NaN or infinity."""
+    rank = message.get("rank")
+    return rank is not None and abs(rank) <= 2**53
+
+
+def _num_words(message: Message) -> int:
+    return len(message["text"].split())
+
+
+# --- along the branches
 
 
 def _replies(forest: dict[str, Message]) -> defaultdict[str, list[Message]]:

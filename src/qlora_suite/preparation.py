@@ -23,7 +23,7 @@ from qlora_suite.packing import packed
 from qlora_suite.parallel import in_order
 from qlora_suite.pieces import Pieces
 from qlora_suite.recipe import Data, Recipe
-from qlora_suite.rendered import Rendered, shorten
+from qlora_suite.rendered import Rendered, Shortened, shorten
 from qlora_suite.role_markers import add_role_markers
 from qlora_suite.run_place import check_path
 from qlora_suite.selection import BAD_ROWS_KEPT, Counts, Progress, Selection, quiet
@@ -40,6 +40,9 @@ PREPARED = {*dataset.FILES, "bad_rows.jsonl", "tokenizer", dataset.MANIFEST, ".D
 def trimmed(conversations: Iterable[Conversation], counts: Counts, is_text: bool = False) -> Iterator[Conversation]:
     """Conversations that end on an answer and have something to learn. A plain text is left whole: its end is the text's end."""
     for conversation in conversations:
+        if conversation.rejected is not None and conversation.rejected.strip() == conversation.turns[-1].content.strip():
+            counts.same_answers += 1
+            continue
         kept = conversation if is_text else conversation.without_open_end()
         if kept is None:
             counts.unanswered += 1
@@ -57,8 +60,11 @@ class Tokenised:
 
     conversation: Conversation
     pieces: list[Rendered]
+    """Of a pair two, chosen and rejected, or none."""
     nothing_learnt: bool = False
     """Its answers are context, all of them."""
+    same_answers: bool = False
+    """A pair of whose answers the same tokens are left."""
     cut: bool = False
     cut_tokens: int = 0
     cut_bytes: int = 0
@@ -78,23 +84,34 @@ class Tokeniser:
         self.each_turn = renderer.rewrites_history and renderer.chat.rewritten_history == "each_turn"
 
     def __call__(self, conversation: Conversation) -> Tokenised:
+        is_pair = conversation.rejected is not None
+        if is_pair:
+            examples = conversation.chosen_and_rejected()
+        else:
+            examples = conversation.ending_at_each_answer() if self.each_turn else [conversation]
         try:
-            rendered = [self.renderer.render(one) for one in (conversation.ending_at_each_answer() if self.each_turn else [conversation])]
+            rendered = [self.renderer.render(one) for one in examples]
         except ValueError as why:
             return Tokenised(conversation, [], refused=str(why))
-        short = [shorten(one, self.max_length, self.too_long) for one in rendered]
+        short, same_answers = [shorten(one, self.max_length, self.too_long) for one in rendered], False
+        if is_pair:
+            halves = [piece.ids for one in short for piece in one.pieces]
+            same_answers = len(halves) == 2 and halves[0] == halves[1]
+            if same_answers or len(halves) < 2:  # one half teaches nothing
+                short = [Shortened([], one.num_supervised, one.num_bytes) for one in rendered]
         pieces = [replace(piece, turns=[]) for one in short for piece in one.pieces]  # training needs no places of turns
         return Tokenised(
             conversation,
             pieces,
             nothing_learnt=not any(one.num_supervised for one in rendered),
+            same_answers=same_answers,
             cut=bool(pieces) and any(one.num_tokens_cut or len(one.pieces) > 1 for one in short),
             cut_tokens=sum(one.num_tokens_cut for one in short),
             cut_bytes=sum(one.num_bytes_cut for one in short),
             system_moved=sum(one.num_system_moved for one in rendered),
             rewritten=sum(one.num_rewritten for one in rendered),
-            marker_texts=rendered[-1].num_marker_texts,
-            control_texts=rendered[-1].num_control_texts,
+            marker_texts=sum(one.num_marker_texts for one in rendered[0 if is_pair else -1 :]),
+            control_texts=sum(one.num_control_texts for one in rendered[0 if is_pair else -1 :]),
         )
 
 
@@ -115,28 +132,36 @@ def written(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow]
             bad_rows.append(BadRow(one.conversation.key, "the chat format cannot write it", "", one.refused))
 
 
-def counted(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow], strict: bool) -> Iterator[tuple[str, Rendered]]:
-    """(key, piece) of each; every token that is cut is counted."""
+def counted(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow], strict: bool) -> Iterator[Tokenised]:
+    """Those that are kept; every token that is cut is counted."""
     for one in written(results, counts, bad_rows, strict):
         counts.cut_tokens += one.cut_tokens
         counts.cut_bytes += one.cut_bytes
         counts.cut_conversations += one.cut
         counts.nothing_new += one.nothing_learnt
-        counts.dropped_too_long += not one.pieces and not one.nothing_learnt
-        counts.kept += bool(one.pieces)
-        for piece in one.pieces:
-            counts.tokens += len(piece.ids)
-            counts.supervised += piece.num_supervised
-            yield one.conversation.key, piece
+        counts.same_answers += one.same_answers
+        counts.dropped_too_long += not (one.pieces or one.nothing_learnt or one.same_answers)
+        if not one.pieces:
+            continue
+        counts.kept += 1
+        counts.tokens += sum(len(piece.ids) for piece in one.pieces)
+        counts.supervised += sum(piece.num_supervised for piece in one.pieces)
+        if one.conversation.rejected is not None:
+            chosen, rejected = one.pieces
+            counts.pairs += 1
+            counts.chosen += chosen.num_supervised
+            counts.rejected += rejected.num_supervised
+        yield one
 
 
-def write_rows(path: Path, pieces: Pieces, data: Data, counts: Counts) -> None:
-    """Pieces as rows for training: packed, or one each."""
+def write_rows(path: Path, pieces: Pieces, data: Data, counts: Counts, pairs: bool = False) -> None:
+    """Pieces as rows for training: packed, or one each; of pairs, which are never packed, two each."""
     lengths = pieces.lengths
     if data.packing:
         members, ends = packed(lengths, data.max_length)
     else:
-        members, ends = np.arange(len(lengths)), np.arange(1, len(lengths) + 1)
+        in_a_row = 2 if pairs else 1
+        members, ends = np.arange(len(lengths)), np.arange(in_a_row, len(lengths) + 1, in_a_row)
     counts.rows = len(ends)
     if counts.rows and data.packing:
         counts.padding_share = 1 - int(lengths.sum(dtype=np.int64)) / (counts.rows * data.max_length)
@@ -168,10 +193,11 @@ def template_agreement(conversations: Iterable[Conversation], renderer: Renderer
 
 def prepare(
     recipe: Recipe, selection: Selection, progress: Progress = quiet, num_workers: int = 1, strict: bool = False
-) -> tuple[dict[str, Any], tuple[Renderer, Rendered | None]]:
+) -> tuple[dict[str, Any], tuple[Renderer, list[Rendered]]]:
     """Write the recipe's prepared folder; it takes the place of an older one only when it is complete.
 
-    The result does not depend on `num_workers`, the number of processes that tokenise. Returns the manifest, and an example to show.
+    The result does not depend on `num_workers`, the number of processes that tokenise. Returns the manifest, and an example to show: of a
+    pair its two halves.
     Raises ValueError if nothing is left to train on, and with `strict` if the chat format cannot write a conversation.
     """
     tokenizer = load_tokenizer(recipe.model)
@@ -185,7 +211,8 @@ def prepare(
     check_replaceable(recipe)
     folder = Path(recipe.data.prepared).resolve()  # a link to another disk stays one
     aside, old = folder_aside(folder, "tmp"), folder_aside(folder, "old")
-    counts, bad_rows, example = selection.counts, selection.bad_rows, None
+    counts, bad_rows, pairs = selection.counts, selection.bad_rows, recipe.dpo is not None
+    example: list[Rendered] = []
     try:
         for split in ("train", "dev"):
             kept = trimmed(selection.splits[split], counts[split], renderer.is_plain_text)
@@ -193,18 +220,21 @@ def prepare(
             workers = contextlib.closing(in_order(tokeniser, kept, len(selection.splits[split]), num_workers))
             with Pieces(aside) as pieces:
                 with workers as results:
-                    for key, piece in counted(results, counts[split], bad_rows, strict):
-                        if (largest := max(piece.ids)) >= config.vocab_size:
-                            raise ValueError(
-                                f"the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest:,}, but the embedding "
-                                f"of {recipe.model.base} has {config.vocab_size:,} rows: they are not of one model; fetch both again"
-                            )
-                        pieces.add(key, piece.ids, piece.supervised)
-                        if split == "train" and (example is None or _distance(piece) < _distance(example)):
-                            example = piece
-                if split == "train" and example is None:
-                    raise ValueError(f"no conversation is left to train on: {_where(selection)}")
-                write_rows(aside / f"{split}.arrow", pieces, recipe.data, counts[split])
+                    for one in counted(results, counts[split], bad_rows, strict):
+                        for piece in one.pieces:
+                            if (largest := max(piece.ids)) >= config.vocab_size:
+                                raise ValueError(
+                                    f"the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest:,}, but the "
+                                    f"embedding of {recipe.model.base} has {config.vocab_size:,} rows: they are not of one model; fetch "
+                                    "both again"
+                                )
+                            pieces.add(one.conversation.key, piece.ids, piece.supervised)
+                        if split == "train":
+                            shown = [one.pieces] if pairs else [[piece] for piece in one.pieces]
+                            example = min([example, *shown] if example else shown, key=_distance)
+                if split == "train" and not example:
+                    raise ValueError(f"no {'pair' if pairs else 'conversation'} is left to train on: {_where(selection)}")
+                write_rows(aside / f"{split}.arrow", pieces, recipe.data, counts[split], pairs)
         agreement = None
         if recipe.chat.format != "text":
             sample = itertools.islice(trimmed(selection.splits["train"], Counts()), TEMPLATE_SAMPLE)
@@ -215,6 +245,7 @@ def prepare(
         with workers as results, dataset.TableWriter(aside / "validation.arrow", dataset.CONVERSATIONS) as table:
             for one in written(results, counts["validation"], bad_rows, strict):
                 counts["validation"].kept += 1
+                counts["validation"].pairs += pairs
                 table.add(dataset.conversation_record(one.conversation))
         write_bad_rows(aside / "bad_rows.jsonl", bad_rows)
         tokenizer.save_pretrained(aside / "tokenizer")
@@ -223,6 +254,7 @@ def prepare(
         stats = dataset.source_stats(recipe)  # before the hashes: what changes in between is seen at the next start
         manifest = {
             "format_version": dataset.FORMAT_VERSION,
+            "pairs": pairs,
             "recipe": dataset.recipe_part(recipe),
             "sources": {**dataset.source_hashes(recipe), **{k: v for one in recipe.data.each for k, v in sources.hub_commits(one).items()}},
             "source_stats": stats,
@@ -271,9 +303,9 @@ def write_bad_rows(path: Path, bad_rows: Iterable[BadRow]) -> None:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _distance(piece: Rendered) -> int:
+def _distance(example: list[Rendered]) -> int:
     """An example of some 150 tokens is one to look at."""
-    return abs(len(piece.ids) - 150)
+    return abs(max(len(piece.ids) for piece in example) - 150)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -288,6 +320,7 @@ def _where(selection: Selection) -> str:
         "without an answer": counts.unanswered,
         "without one to learn": counts.nothing_new,
         "without a reply of the wanted length": counts.no_reply,
+        "of two equal answers": counts.same_answers,
         "held out too": counts.duplicates + counts.same_question,
         "by their weight": counts.weighted_out,
         "refused by the chat format": counts.refused,

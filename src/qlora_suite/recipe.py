@@ -18,8 +18,8 @@ Name = Annotated[str, Field(min_length=1)]
 Marker = Annotated[str, Field(min_length=1)]
 Markers = Annotated[tuple[Marker, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Pairs = (AfterValidator(lambda mapping: tuple(mapping.items())), PlainSerializer(dict))
-"""A mapping in YAML, held as pairs, which are frozen: dict(...) makes the mapping again."""
+AsItems = (AfterValidator(lambda mapping: tuple(mapping.items())), PlainSerializer(dict))
+"""A mapping in YAML, held as its items, which are frozen: dict(...) makes the mapping again."""
 
 
 def free(default: Any, **kwargs: Any) -> Any:
@@ -65,24 +65,43 @@ class Filters(Section):
     max_chars: Positive | None = None
 
 
-Policy = Literal["best_path", "joined_replies", "best_replies", "all_replies", "all_paths", "each_message"]
+Policy = Literal[
+    "best_path", "joined_replies", "best_replies", "all_replies", "all_paths", "each_message", "preference_pairs", "conciseness_pairs"
+]
+PAIR_POLICIES: tuple[Policy, ...] = ("preference_pairs", "conciseness_pairs")
+"""They give pairs of a chosen and a rejected answer, which `dpo` trains on."""
 
 
-Form = Literal["oasst", "messages", "sharegpt", "alpaca", "prompt", "text"]
+Form = Literal["oasst", "messages", "sharegpt", "alpaca", "prompt", "pairs", "text"]
 FIELDS: dict[Form, tuple[str, ...]] = {
     "oasst": (),
     "messages": ("messages", "role", "content", "system", "weight", "train"),
     "sharegpt": ("conversations", "from", "value", "system", "weight", "train"),
     "alpaca": ("instruction", "input", "output", "system", "history"),
     "prompt": ("prompt", "completion", "system"),
+    "pairs": ("prompt", "chosen", "rejected", "system"),
     "text": ("text",),
 }
 """What a row of each form is made of, under the names that data.fields can give to other keys (see chats.py)."""
 
 
+class Pairs(Section):
+    """Which replies to one prompt make a pair, by their `rank` (0 is best) and length; those without a rank are in none (see oasst1.py)."""
+
+    choose: Literal["all", "adjacent", "best_worst"] = "all"
+    """Of each prompt's pairs: all; those of neighbours, the replies being ordered by rank (conciseness: by length); or the one pair that
+    lies furthest apart."""
+    margin: Positive = 1
+    """preference_pairs: the two ranks differ by at least so much."""
+    within: Annotated[int, Field(ge=0)] = 1
+    """conciseness_pairs: the two ranks differ by at most so much (in OASST1's validation file no two siblings share a rank)."""
+    shorter: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """conciseness_pairs: the chosen reply has at most this share of the other's words."""
+
+
 class LengthWeight(Section):
     up_to_words: Positive | None = None
-    """Conversations whose learnt replies have at most so many words on average; null: all that are left."""
+    """Conversations whose learnt replies (of a pair: both answers) have at most so many words on average; null: all that are left."""
     weight: Annotated[float, Field(ge=0)]
 
 
@@ -91,7 +110,8 @@ class Replies(Section):
 
     min_words: Positive = 1
     max_words: Positive | None = None
-    """Replies outside of the two are context and are not learnt; a conversation in which none is left is dropped."""
+    """Replies outside of the two are context and are not learnt; a conversation in which none is left is dropped, and so is a pair with
+    one of its answers outside."""
     weights: tuple[LengthWeight, ...] = ()
     """How often a conversation is taken, times `weight`: the first entry whose length it does not pass; 1 beyond the last."""
 
@@ -121,9 +141,9 @@ class Source(Section):
     """With `split: by_hash`: share of the trees (first questions) held out (null: 0.2)."""
     form: Form | None = None
     """What a row is (null: seen from its keys). `scripts/prepare_data.py RECIPE --inspect FILE` shows it."""
-    fields: Annotated[dict[str, str], *Pairs] = ()
+    fields: Annotated[dict[str, str], *AsItems] = ()
     """Keys of the rows that have another name than the form's: {instruction: question, output: answer}."""
-    roles: Annotated[dict[str, Literal["system", "user", "assistant", "tool"]], *Pairs] = ()
+    roles: Annotated[dict[str, Literal["system", "user", "assistant", "tool"]], *AsItems] = ()
     """Names of roles beside the usual ones (user, human, gpt, ...): {customer: user, agent: assistant}."""
     same_role: Literal["merge", "keep", "skip"] = "merge"
     """Turns of one role behind each other: made one, with a blank line between; left as they are; or the row is skipped."""
@@ -138,6 +158,8 @@ class Source(Section):
     """How conversations are taken from OASST trees (see oasst1.py). Needed for OASST data, refused for other data."""
     filters: Filters | None = Filters()
     """OASST data; `null` turns every filter off."""
+    pairs: Pairs | None = None
+    """With the policies preference_pairs and conciseness_pairs: which pairs (null: as the defaults say)."""
     replies: Replies = Replies()
     max_examples: Positive | None = None
     """Take the first N conversations of the train split (in the order of their groups' hashes)."""
@@ -153,6 +175,8 @@ class Source(Section):
             problems.append(f"validation_source has no effect with split: {self.split}; use split: published")
         if self.policy is not None and self.form not in (None, "oasst"):
             problems.append(f"policy has no effect on rows of form: {self.form}, which are no trees; remove it")
+        if self.pairs is not None:
+            problems += _useless_in_pairs(self.pairs, self.policy)
         form = "oasst" if self.policy is not None else self.form
         for key in ("roles", "same_role", "tool_turns"):
             if form in ("oasst", "text") and getattr(self, key) != type(self).model_fields[key].default:
@@ -170,6 +194,15 @@ class Source(Section):
         return self
 
 
+def _useless_in_pairs(pairs: Pairs, policy: Policy | None) -> list[str]:
+    """What is set there and has no effect with the policy, one sentence each."""
+    if policy not in PAIR_POLICIES:
+        return [f"pairs has no effect with policy: {policy or 'null'}; it is for {' and '.join(PAIR_POLICIES)}"]
+    keys = ("within", "shorter") if policy == "preference_pairs" else ("margin",)
+    useless = [key for key in keys if getattr(pairs, key) != Pairs.model_fields[key].default]
+    return [f"pairs.{key} has no effect with policy: {policy}; remove it" for key in useless]
+
+
 class Data(Source):
     sets: tuple[Source, ...] = ()
     """Instead of `source`: several data sets, each with the keys above for itself. They are mixed into one order of rows."""
@@ -178,7 +211,7 @@ class Data(Source):
     prepared: str
     """Folder that scripts/prepare_data.py writes and scripts/train.py reads."""
     max_length: Positive = 1024
-    """Tokens in a row (packed) or in one conversation (unpacked)."""
+    """Tokens in a row (packed) or in one conversation (unpacked); of a pair, in each of its two."""
     too_long: Literal["truncate", "drop", "split"] = "truncate"
     """A conversation is cut at the last whole assistant turn that fits. If none fits: `truncate` inside the turn, or `drop`
     the conversation. `split`: only for plain text, cut into consecutive pieces."""
@@ -211,7 +244,7 @@ class Chat(Section):
     own control tokens, else special if rows are spare, else text."""
     system_prompt: str | None = None
     """`llama2`, `chatml` and `model`: the system message put before each conversation that has none."""
-    template_arguments: Annotated[dict[str, str | bool | int], *Pairs] = ()
+    template_arguments: Annotated[dict[str, str | bool | int], *AsItems] = ()
     """`model` only: what the base's template is called with beside the messages: {enable_thinking: false}."""
     rewritten_history: Literal["last_turn", "each_turn", "refuse"] = "last_turn"
     """`model` only: where the base's template writes an earlier answer in another way than the last one, learn the last alone, or
@@ -395,6 +428,7 @@ class Recipe(Section):
     optim: Optim
     train: Train
     dpo: Dpo | None = None
+    """Learn from pairs of a chosen and a rejected answer. null: supervised fine-tuning."""
     speed: Speed = Speed()
     stop: Stop = Stop()
     evaluation: Evaluation = Evaluation()
@@ -449,7 +483,14 @@ class Recipe(Section):
                 )
         text = self.chat.format == "text"
         if self.dpo is not None:
-            problems += self._unfit_for_dpo()
+            if self.adapter == "none":
+                problems.append("dpo compares with the weights it starts from, which adapter: none overwrites; train an adapter")
+            if self.data.packing:
+                problems.append("dpo takes one pair a row; set data.packing: false")
+            if text:
+                problems.append("dpo compares two answers to one prompt, and chat.format: text has no roles; choose another format")
+            elif self.chat.loss_on == "all":
+                problems.append("dpo compares the answers alone, so chat.loss_on: all has no meaning; remove it")
         if self.data.too_long == "split" and not text:
             problems.append("data.too_long: split is for chat.format: text; a conversation is never split, use truncate or drop")
         for place, source in [(f"data.sets.{i}", s) for i, s in enumerate(self.data.sets)] or [("data", self.data)]:
@@ -461,6 +502,12 @@ class Recipe(Section):
                 problems.append(
                     f"{place}.form: {source.form} does not go with chat.format: {self.chat.format}; only plain text has no roles"
                 )
+            taken = f"policy: {source.policy}" if source.policy is not None else f"form: {source.form}"
+            pairs = source.policy in PAIR_POLICIES or source.form == "pairs"
+            if pairs and self.dpo is None:
+                problems.append(f"{place}.{taken} gives pairs of a chosen and a rejected answer; add dpo: {{}}, which trains on them")
+            if self.dpo is not None and not pairs and (source.policy, source.form) not in ((None, None), (None, "oasst")):
+                problems.append(f"dpo needs pairs, and {place}.{taken} gives none; use a policy of pairs or rows with chosen and rejected")
             if source.learn_after and not text:
                 problems.append(f"{place}.learn_after is for chat.format: text; a chat's roles say what is learnt")
             if source.tool_turns == "keep" and self.chat.format != "model":
@@ -468,16 +515,6 @@ class Recipe(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-    def _unfit_for_dpo(self) -> list[str]:
-        found = []
-        if self.adapter == "none":
-            found.append("dpo needs an adapter: its reference is the model without what the adapter learns; set adapter: {rank: 16}")
-        if self.data.packing:
-            found.append("dpo trains on pairs, one a row, so that train.rows_per_step counts pairs; set data.packing: false")
-        if self.chat.format == "text" or self.chat.loss_on == "all":
-            found.append("dpo compares answers, and chat.format: text or chat.loss_on: all have none; choose a chat format")
-        return found
 
 
 def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -25,9 +25,9 @@ import numpy as np
 import pyarrow as pa
 
 from qlora_suite import chats, dataset, oasst1, sources
-from qlora_suite.conversations import Conversation, Turn
+from qlora_suite.conversations import Conversation
 from qlora_suite.files import folder_aside, remove_folder
-from qlora_suite.recipe import Filters, Form, Recipe, Replies, Source
+from qlora_suite.recipe import PAIR_POLICIES, Filters, Form, Recipe, Replies, Source
 from qlora_suite.sources import BadRow, Row
 from qlora_suite.trees import Trees
 
@@ -65,7 +65,7 @@ class Counts:
     replies_outside: int = 0
     """Replies whose length data.replies does not want: context, not learnt."""
     no_reply: int = 0
-    """Conversations in which no reply of a wanted length is left, dropped."""
+    """Conversations in which no reply of a wanted length is left, and pairs with an answer of another length, dropped."""
     duplicates: int = 0
     """Dropped because the same conversation is held out."""
     same_question: int = 0
@@ -85,11 +85,19 @@ class Counts:
     refused: int = 0
     """Conversations that the chat format cannot write, dropped."""
     dropped_too_long: int = 0
+    """Conversations, and pairs of which one half, of whose learnt part nothing fits, or not enough for `data.too_long`."""
+    same_answers: int = 0
+    """Pairs whose two answers are the same, as they are or in what fits of them, dropped."""
     kept: int = 0
+    pairs: int = 0
+    """Of them, a chosen and a rejected answer each."""
     rows: int = 0
     tokens: int = 0
     supervised: int = 0
     """Tokens that the loss counts."""
+    chosen: int = 0
+    rejected: int = 0
+    """Of them, those of the pairs' chosen answers and of the rejected ones."""
     cut_conversations: int = 0
     cut_tokens: int = 0
     """Supervised tokens beyond max_length."""
@@ -98,9 +106,9 @@ class Counts:
     rewritten: int = 0
     """Answers that were to be learnt and are context, because the base's chat template rewrites earlier ones."""
     marker_texts: int = 0
-    """Texts in messages that look like a plain-text role marker."""
+    """Texts in messages that look like a plain-text role marker. A pair's rows hold its prompt twice, and so it counts twice."""
     control_texts: int = 0
-    """Texts in messages that look like a control token, learnt and read as the text that they are."""
+    """Texts in messages that look like a control token, learnt and read as the text that they are. Of a pair as above."""
     padding_share: float = 0.0
     """Places of the packed rows that hold nothing."""
 
@@ -230,7 +238,7 @@ def _conversations(
         if form == "oasst":
             leave_out = functools.partial(_leave_out, found=found, selection=selection, strict=strict)
             with Trees(good, folder, leave_out) as trees:
-                conversations = trees.conversations(source.policy, source.filters, found.dropped)
+                conversations = trees.conversations(source.policy, source.filters, found.dropped, source.pairs)
                 yield loaded_as, iter(progress(conversations, f"trees of {name}", None))
         else:
             yield loaded_as, _chats(good, form, source, found, selection, strict)
@@ -247,6 +255,17 @@ def _form(recipe: Recipe, head: list[Row | BadRow], source: Source) -> Form:
         raise ValueError("OASST messages are trees: data.policy must say which conversations to take (all_paths is a good one)")
     if form != "oasst" and source.filters not in (None, Filters()):
         raise ValueError(f"data.filters have no effect on {form} rows, which carry no language, review or deletion; remove them")
+    pairs = form == "pairs" or source.policy in PAIR_POLICIES
+    if pairs and recipe.dpo is None:
+        raise ValueError(
+            f"the rows of {source.source} are pairs of a chosen and a rejected answer, on which dpo trains: add dpo: {{}} to the recipe "
+            "(and data.packing: false), or set data.form to another form that the rows have too"
+        )
+    if recipe.dpo is not None and not pairs:
+        raise ValueError(
+            f"dpo trains on pairs, and the rows of {source.source} are of form {form}; give rows with chosen and rejected, or OASST trees "
+            "with data.policy: preference_pairs or conciseness_pairs, or remove dpo"
+        )
     if (form == "text") != (recipe.chat.format == "text") and form != "oasst":
         remedy = "set chat.format: text" if form == "text" else "choose another chat.format"
         raise ValueError(f"the rows of {source.source} are of form {form}, and chat.format is {recipe.chat.format}; {remedy}")
@@ -311,10 +330,18 @@ def _write(conversation: Conversation, number: int, source: Source, table: datas
             "is_tree": selection.sets[-1].form == "oasst",
             "group_hash": _hash(conversation.group),
             "question_hash": _hash(_question(conversation, selection.sets[-1].form)),
-            "content_hash": _hash("\0".join(f"{turn.role}\0{turn.content}" for turn in conversation.turns)),
+            "content_hash": _hash(_content(conversation)),
             "weight": source.weight * _weight(conversation, source.replies),
         }
     )
+
+
+def _content(conversation: Conversation) -> str:
+    """All that is said, and by whom."""
+    said = [(turn.role, turn.content) for turn in conversation.turns]
+    if conversation.rejected is not None:
+        said.append(("rejected", conversation.rejected))
+    return "\0".join(f"{role}\0{content}" for role, content in said)
 
 
 def _question(conversation: Conversation, form: Form) -> str:
@@ -330,8 +357,10 @@ def _hash(text: str) -> int:
 
 
 def _weight(conversation: Conversation, replies: Replies) -> float:
-    """By the mean number of words of what is learnt."""
+    """By the mean number of words of what is learnt; of a pair, of its two answers."""
     words = [len(turn.content.split()) for turn in conversation.turns if turn.role == "assistant" and turn.learn]
+    if conversation.rejected is not None:
+        words.append(len(conversation.rejected.split()))
     if not words:
         return 1.0
     mean = sum(words) / len(words)
@@ -339,14 +368,20 @@ def _weight(conversation: Conversation, replies: Replies) -> float:
 
 
 def _of_wanted_length(conversation: Conversation, replies: Replies, counts: Counts) -> Conversation | None:
-    """Replies of another length become context. None if there were replies to learn, and none is left."""
+    """Replies of another length become context. None if there were replies to learn, and none is left; of a pair, if one of its answers
+    has another length.
+    """
     if replies.min_words == 1 and replies.max_words is None:
         return conversation
 
-    def outside(turn: Turn) -> bool:
-        return not replies.min_words <= len(turn.content.split()) <= (replies.max_words or math.inf)
+    def outside(reply: str) -> bool:
+        return not replies.min_words <= len(reply.split()) <= (replies.max_words or math.inf)
 
-    unwanted = [turn.role == "assistant" and turn.learn and outside(turn) for turn in conversation.turns]
+    if conversation.rejected is not None:
+        unwanted_pair = outside(conversation.turns[-1].content) or outside(conversation.rejected)
+        counts.no_reply += unwanted_pair
+        return None if unwanted_pair else conversation
+    unwanted = [turn.role == "assistant" and turn.learn and outside(turn.content) for turn in conversation.turns]
     counts.replies_outside += sum(unwanted)
     turns = tuple(replace(turn, learn=turn.learn and not no) for turn, no in zip(conversation.turns, unwanted, strict=True))
     if any(unwanted) and not any(turn.role == "assistant" and turn.learn for turn in turns):
@@ -443,5 +478,9 @@ def write_messages(path: Path, splits: dict[str, Conversations]) -> None:
             for c in splits[split]:
                 # an answer that is learnt elsewhere must not be learnt again when this file is read
                 messages = [{"role": t.role, "content": t.content} | ({} if t.learn else {"train": False}) for t in c.turns]
-                line = {"split": split, "key": c.key, "tree": c.group, "language": c.language, "messages": messages}
+                line = {"split": split, "key": c.key, "tree": c.group, "language": c.language}
+                if c.rejected is None:
+                    line |= {"messages": messages}
+                else:
+                    line |= {"prompt": messages[:-1], "chosen": c.turns[-1].content, "rejected": c.rejected}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

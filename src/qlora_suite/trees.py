@@ -22,7 +22,7 @@ import numpy as np
 
 from qlora_suite import oasst1
 from qlora_suite.conversations import Conversation
-from qlora_suite.recipe import Filters, Policy
+from qlora_suite.recipe import Filters, Pairs, Policy
 from qlora_suite.sources import BadRow, Place, Row, shown
 
 _INDEX = np.dtype([("begins", "<i8"), ("id", "<u8"), ("parent", "<u8"), ("tree", "<u8")])
@@ -78,10 +78,12 @@ class Trees:
             yield [self._message(number) for number in self._order[start:end].tolist()], left_out
             start = end
 
-    def conversations(self, policy: Policy, filters: Filters | None, dropped: Counter[str]) -> Iterator[Conversation]:
+    def conversations(
+        self, policy: Policy, filters: Filters | None, dropped: Counter[str], pairs: Pairs | None = None
+    ) -> Iterator[Conversation]:
         """As `oasst1.conversations`, of one tree after another; `dropped` counts on."""
         for messages, left_out in self:
-            found, lost = oasst1.conversations(messages, policy, filters, left_out)
+            found, lost = oasst1.conversations(messages, policy, filters, left_out, pairs)
             dropped.update(lost)
             yield from found
 
