@@ -39,7 +39,7 @@ CURVE = _words("""
     data.filters.min_chars data.filters.max_chars data.pairs
     data.max_examples data.max_length data.too_long data.packing
     chat.format chat.role_markers chat.system_prompt chat.template_arguments chat.rewritten_history chat.loss_on chat.escape_markers
-    adapter.rank adapter.alpha adapter.dropout adapter.targets adapter.rslora adapter.dora adapter.neftune_noise_alpha
+    adapter.rank adapter.alpha adapter.dropout adapter.start_from adapter.targets adapter.rslora adapter.dora adapter.neftune_noise_alpha
     adapter.init adapter.allow_partial
     optim.name optim.learning_rate optim.schedule optim.warmup_steps optim.min_learning_rate_ratio optim.weight_decay
     optim.betas optim.eps optim.max_grad_norm optim.spike_ratio optim.on_spike

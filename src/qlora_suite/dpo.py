@@ -50,7 +50,7 @@ class Pairs:
     counts: tuple[int, ...]
     """Supervised tokens of each answer: chosen, rejected, chosen, ..., in the order of the rows"""
     reference: Tensor
-    """[pairs, 2] float32: log p_ref of the chosen and of the rejected answer, in nats"""
+    """[pairs, 2] float64: log p_ref of the chosen and of the rejected answer, in nats"""
     dpo: Dpo
 
     def to(self, device: torch.device) -> "Pairs":
@@ -70,12 +70,12 @@ def pairs_of(rows: Sequence[Mapping[str, Any] | None], dpo: Dpo, all_supervised:
         assert all(of_row), "an answer of a pair has no supervised token"
         counts += of_row
         reference.append(row.get("reference", (0.0, 0.0)))
-    return Pairs(tuple(counts), torch.tensor(reference, dtype=torch.float32).reshape(-1, 2), dpo)
+    return Pairs(tuple(counts), torch.tensor(reference, dtype=torch.float64).reshape(-1, 2), dpo)
 
 
 def log_probs(token_losses: Tensor, pairs: Pairs) -> Tensor:
-    """Of each answer, in nats. [pairs, 2] float32, with the losses' graph"""
-    return torch.stack([-losses.sum() for losses in token_losses.split(pairs.counts)]).view(-1, 2)
+    """Of each answer, in nats. [pairs, 2] float64, with the losses' graph: a reward is a small difference of large sums"""
+    return torch.stack([-losses.sum(dtype=torch.float64) for losses in token_losses.split(pairs.counts)]).view(-1, 2)
 
 
 def sums_of_pairs(token_losses: Tensor, pairs: Pairs) -> Tensor:
@@ -85,7 +85,7 @@ def sums_of_pairs(token_losses: Tensor, pairs: Pairs) -> Tensor:
     """
     if not pairs.counts:  # a micro-batch of empty rows: an engine that exchanges gradients waits for its backward pass, too
         return torch.cat([token_losses.sum()[None], token_losses.new_zeros(len(MEASURES))])
-    lengths = torch.tensor(pairs.counts, dtype=torch.float32).view(-1, 2).to(token_losses.device, non_blocking=True)
+    lengths = torch.tensor(pairs.counts, dtype=torch.float64).view(-1, 2).to(token_losses.device, non_blocking=True)
     ratios = log_probs(token_losses, pairs) - pairs.reference
     rewards = pairs.dpo.beta * (ratios / lengths if pairs.dpo.length_normalized else ratios)
     margins = rewards[:, 0] - rewards[:, 1]
@@ -94,4 +94,4 @@ def sums_of_pairs(token_losses: Tensor, pairs: Pairs) -> Tensor:
         accuracy = (margins.sign() + 1) / 2
         log_ratio = ratios.sum(dim=1) / lengths.sum(dim=1)
         measured = torch.stack([accuracy, margins, *rewards.unbind(1), log_ratio, *lengths.unbind(1)]).sum(dim=1)
-    return torch.cat([loss[None], measured])
+    return torch.cat([loss[None], measured]).float()
