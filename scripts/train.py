@@ -64,7 +64,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         if recipe.speed.compile:
             check_compiler(accelerator.device)
         manifest = dataset.load_manifest(recipe, verify=verify_data and accelerator.is_main_process)
-        dpo.check_data(recipe, manifest)
+        dpo.check_reference(recipe, manifest)
         folder = Path(recipe.data.prepared)
         rows, dev = dataset.Rows(folder / "train.arrow"), dataset.Rows(folder / "dev.arrow")
         check_division(recipe.train.rows_per_step, accelerator.num_processes, recipe.train.micro_batch)

@@ -176,13 +176,7 @@ def test_another_reference_is_not_taken_for_this_one(
     assert metrics(run)[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
-def test_what_does_not_go_together_is_said(recipe: Path, folder: Path, tiny_base: Path) -> None:
-    source = folder / "pairs.jsonl"
-    source.write_text("".join(json.dumps({"prompt": f"Say {n}", "chosen": str(n), "rejected": "no"}) + "\n" for n in range(9)))
-    rows = ("data.policy=null", "data.packing=false", "data.split=all", "data.dev_share=0.0", f"data.prepared={folder / 'of-rows'}")
-    pairs = prepared(write_recipe(folder, tiny_base, source, *rows, "dpo={}", "train.rows_per_step=2"))
-    with pytest.raises(ValueError, match=r"holds pairs; give the recipe a section dpo"):
-        train(pairs, f"output.dir={folder / 'no'}", "dpo=null")
+def test_a_reference_that_has_never_seen_its_role_markers_is_refused(recipe: Path, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"its role markers are new tokens that it has never seen"):
         train(recipe, f"output.dir={folder / 'no'}", "adapter.start_from=null")
 
@@ -244,9 +238,9 @@ def trl_losses(net: torch.nn.Module, values: Any, folder: Path, rows: list[dict[
 
 
 @pytest.mark.parametrize("start", ["new", "sft"])
-@pytest.mark.parametrize(("length_normalized", "loss_type"), [(False, "sigmoid"), (True, "sigmoid_norm")])
+@pytest.mark.parametrize(("length_normalized", "beta", "loss_type"), [(False, 0.2, "sigmoid"), (True, 20, "sigmoid_norm")])
 def test_step_losses_are_those_of_trl(
-    start: str, length_normalized: bool, loss_type: str, folder: Path, tiny_base: Path, oasst_file: Path
+    start: str, length_normalized: bool, beta: float, loss_type: str, folder: Path, tiny_base: Path, oasst_file: Path
 ) -> None:
     """fp32, no quantisation, no dropout; from the same adapter, over the same pairs in the same order."""
     plain = ("model.quantization=none", "chat.role_markers=text", "adapter.rank=4", "data.max_length=128")
@@ -257,7 +251,7 @@ def test_step_losses_are_those_of_trl(
             write_recipe(folder, tiny_base, oasst_file, *plain, "train.max_steps=5", f"data.prepared={folder / 'trl-sft-prepared'}")
         )
         started = (f"adapter.start_from={train(sft, f'output.dir={folder / name}-sft')}",)
-    overrides = (*PAIRS, *plain, *started, "train.epochs=2", f"dpo={{beta: 0.2, length_normalized: {str(length_normalized).lower()}}}")
+    overrides = (*PAIRS, *plain, *started, "train.epochs=2", f"dpo={{beta: {beta}, length_normalized: {str(length_normalized).lower()}}}")
     recipe = prepared(write_recipe(folder, tiny_base, oasst_file, *overrides, f"data.prepared={folder / 'trl-prepared'}"))
     values = load(recipe, ["evaluation.every_steps=null"])
     rows = Rows(Path(values.data.prepared) / "train.arrow")

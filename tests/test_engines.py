@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, write_recipe
-from in_process import column, metrics, prepared, script
+from in_process import column, metrics, prepared, script, train
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -77,6 +78,9 @@ EVERY_WEIGHT = Case("every weight", ("adapter=none", "model.quantization=none", 
 HEAD_ROWS = Case("head rows", ("chat.loss_on=all", *SHORT))
 EIGHT_BIT = Case("8-bit optimiser", ("optim.name=adamw_8bit", *SHORT))
 PAGED = Case("paged optimiser", ("optim.name=paged_adamw", *SHORT))
+OF_PAIRS = Case("pairs", ("train.micro_batch=4",))
+OF_PAIRS_RESUMED = Case("pairs resumed", ("train.micro_batch=4",), killed_after=7)
+OF_PAIRS_ACCUMULATED = Case("pairs accumulated", ("train.micro_batch=1", "train.gradient_checkpointing=true"))
 INT8 = Case("int8", ("model.quantization=int8", *SHORT))
 DORA = Case("dora", ("adapter.dora=true", *SHORT))
 DORA_RESUMED = Case("dora resumed", ("adapter.dora=true", "checkpoints.every_steps=1", *SHORT[:3]), killed_after=2)
@@ -99,7 +103,15 @@ def recipe(folder: Path, tiny_base: Path, oasst_file: Path) -> Path:
     path = prepared(write_recipe(folder, tiny_base, oasst_file, *COMMON))
     compatibility.prepare_both(path, [], folder)
     prepared(path, "chat.loss_on=all", f"data.prepared={folder / 'all'}")
+    prepared(path, *pairs(folder))
+    train(path, f"output.dir={folder / 'first'}", *SHORT)
     return path
+
+
+def pairs(folder: Path) -> tuple[str, ...]:
+    """DPO after a first run, whose adapter is its reference."""
+    data = "data.policy=preference_pairs", "data.packing=false", f"data.prepared={folder / 'pairs'}"
+    return (*data, "dpo={beta: 0.2}", f"adapter.start_from={folder / 'first'}", "previews.prompts=[]", "optim.learning_rate=1e-3")
 
 
 Outcomes = Callable[[str], dict[str, str]]
@@ -125,6 +137,7 @@ def outcomes(recipe: Path, folder: Path) -> Outcomes:
         SPIKED,
         SPIKE_LEARNT,
     ]
+    cases += [replace(c, overrides=(*c.overrides, *pairs(folder))) for c in (OF_PAIRS, OF_PAIRS_RESUMED, OF_PAIRS_ACCUMULATED)]
     cases += [CLIPPED, EVERY_WEIGHT, head_rows, EIGHT_BIT, PAGED, INT8, DORA, DORA_RESUMED, TOO_FEW]
     cells = [Case(c.name, (*c.overrides, *SHORT), c.precision, folder=f"{c.name}") for c in (cell.case(folder) for cell in PAIRS)]
 
@@ -174,6 +187,19 @@ def test_the_curve_and_the_adapter_are_those_of_one_process(run: Found, engine: 
         assert (facts["engine"], facts["processes"]) == (NAMES[engine], 2)
     tokens = column(metrics(reference), "supervised_tokens")
     assert len(set(tokens)) > 5, "the steps must not be of one size"
+
+
+@every
+def test_preferences_are_learnt_as_in_one_process_and_go_on_to_the_same_bits(run: Found, engine: str) -> None:
+    """Token rows of the reference's adapter included: the embedding is sharded like the rest."""
+    reference, found = run("one", OF_PAIRS), run(engine, OF_PAIRS)
+    assert min(column(metrics(reference), "loss")) < 0.67
+    for case in (OF_PAIRS, OF_PAIRS_ACCUMULATED):
+        assert difference(reference, run(engine, case)).within(2e-5), difference(reference, run(engine, case))
+        for key in ("margin", "log_ratio", "reward_chosen"):
+            ours, its = (column(metrics(place), key) for place in (run(engine, case), reference))
+            assert ours == pytest.approx(its, abs=1e-4)
+    assert difference(found, run(engine, OF_PAIRS_RESUMED)) == EQUAL
 
 
 @every

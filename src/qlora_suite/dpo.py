@@ -29,13 +29,8 @@ log_ratio           nats a token by which both answers have become likelier than
 """
 
 
-def check_data(recipe: Recipe, manifest: Mapping[str, Any]) -> None:
-    """Raises ValueError if pairs were prepared and the recipe does not compare them, or the other way round, and if there is
-    nothing that it could compare with.
-    """
-    if manifest.get("pairs", False) != (recipe.dpo is not None):
-        what, remedy = ("pairs", "give the recipe a section dpo") if recipe.dpo is None else ("no pairs", "remove dpo")
-        raise ValueError(f"the prepared data in {recipe.data.prepared} holds {what}; {remedy}, or prepare other data")
+def check_reference(recipe: Recipe, manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError if there is nothing at the start that answers could be compared with."""
     if recipe.dpo and recipe.adapter.start_from is None and manifest["role_markers"]["token_ids"]:
         raise ValueError(
             "dpo compares with the model as it is at the start, and here its role markers are new tokens that it has never seen; train on "
