@@ -212,7 +212,7 @@ def test_one_half_that_does_not_fit_leaves_out_the_pair(make_recipe: MakeRecipe,
 def test_nothing_left_is_one_sentence_about_pairs(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [pair("q", "a " * 90 + "b", "a " * 90 + "c")])
     recipe = load(make_recipe(f"data.source={source}", *ROWS, "data.max_length=40"))
-    with pytest.raises(ValueError, match="no pair is left to train on: of 1 rows read, these were left out: 1 of two equal answers"):
+    with pytest.raises(ValueError, match="no pair is left to train on: of 1 rows read, these were left out: 1 with two equal answers"):
         prepared(recipe)
 
 
@@ -360,7 +360,7 @@ def test_the_script_shows_pairs_lists_them_and_writes_what_can_be_read_again(mak
     assert ["pairs", "kept", *(f"{counts[split]['pairs']:,}" for split in SPLITS)] in words
     assert ["of", "them,", "of", "rejected", "answers", *(f"{counts[split]['rejected']:,}" for split in SPLITS[:2]), "-"] in words
     assert "conversations kept" not in shown
-    chosen, rejected = shown.split("one pair: the chosen answer; what is learnt is in ⟦ ⟧")[1].split("the rejected one; what is")[:2]
+    _, chosen, rejected = shown.split("; what is compared is in ⟦ ⟧")
     assert chosen.count("⟦") == 1
     assert "⟦" in rejected
     assert "data.too_long: drop compares whole answers alone" in " ".join(shown.split())
@@ -396,7 +396,7 @@ def test_inspection_shows_pairs_and_lines_that_prepare_them(make_recipe: MakeRec
         "1: chosen and rejected are the same answer",
         "1: no text and no list of messages",
         "a.jsonl line 32",
-        "the rejected one",
+        "the rejected answer; what is compared",
     ):
         assert words in shown
     pasted = yaml.safe_load(shown.split("lines for the sections data, chat and dpo of a recipe:")[1])
