@@ -151,9 +151,11 @@ def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
 def show_example(renderer: Renderer, example: Sequence[Rendered]) -> None:
     """One conversation, or the two of a pair, as the model sees it; what the loss counts is green, or in ⟦ ⟧ where there are no colours."""
     plain = not console.is_terminal or console.no_color
-    titles = ("one pair: the chosen answer", "the rejected one") if len(example) == 2 else ("one example",)
+    titles = ("one example; what is learnt",)
+    if len(example) == 2:
+        titles = ("one pair, the chosen answer; what is compared", "the rejected answer; what is compared")
     for title, one in zip(titles, example, strict=True):
-        console.rule(f"{title}; what is learnt is {'in ⟦ ⟧' if plain else 'green'}")
+        console.rule(f"{title} is {'in ⟦ ⟧' if plain else 'green'}")
         console.print(_marked(renderer, one, plain))
     console.rule()
 

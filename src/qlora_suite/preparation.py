@@ -38,7 +38,9 @@ PREPARED = {*dataset.FILES, "bad_rows.jsonl", "tokenizer", dataset.MANIFEST, ".D
 
 
 def trimmed(conversations: Iterable[Conversation], counts: Counts, is_text: bool = False) -> Iterator[Conversation]:
-    """Conversations that end on an answer and have something to learn. A plain text is left whole: its end is the text's end."""
+    """Conversations that end on an answer and have something to learn, and pairs of different answers. A plain text is left whole: its end
+    is the text's end.
+    """
     for conversation in conversations:
         if conversation.rejected is not None and conversation.rejected.strip() == conversation.turns[-1].content.strip():
             counts.same_answers += 1
@@ -320,7 +322,7 @@ def _where(selection: Selection) -> str:
         "without an answer": counts.unanswered,
         "without one to learn": counts.nothing_new,
         "without a reply of the wanted length": counts.no_reply,
-        "of two equal answers": counts.same_answers,
+        "with two equal answers": counts.same_answers,
         "held out too": counts.duplicates + counts.same_question,
         "by their weight": counts.weighted_out,
         "refused by the chat format": counts.refused,

@@ -216,7 +216,7 @@ class Data(Source):
     """A conversation is cut at the last whole assistant turn that fits. If none fits: `truncate` inside the turn, or `drop`
     the conversation. `split`: only for plain text, cut into consecutive pieces."""
     packing: bool = True
-    """Several conversations in a row, each attending to itself alone. Off: one a row, grouped by length."""
+    """Several conversations in a row, each attending to itself alone. Off: one a row, or one pair, grouped by length."""
 
     @property
     def each(self) -> tuple[Source, ...]:

@@ -25,7 +25,7 @@ import yaml
 
 from qlora_suite import chats, dataset, oasst1, sources
 from qlora_suite.loss import collate
-from qlora_suite.recipe import Source
+from qlora_suite.recipe import PAIR_POLICIES, Source
 from qlora_suite.recipe_file import load
 from qlora_suite.sources import BadRow, Row
 from qlora_suite.tracking import Journal, read_journal
@@ -155,6 +155,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi é 😀"}, {"role": "assist
 ALPACA = {"instruction": "Add", "input": "1 and 2", "output": "3", "history": [["a", "b"]], "system": "Be brief."}
 SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
 PROMPT = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "completion": "Ho"}
+PAIR = {"prompt": "Hi", "chosen": "Ho", "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm"}]}
 
 
 def message(name: str, parent: str | None, **more: Any) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def read_rows(path: Path) -> None:
         return
     forest = oasst1.forest(good)
     assert len(forest.messages) + len(forest.bad_rows) == len(good)
-    for policy in ("best_path", "joined_replies", "best_replies", "all_replies", "all_paths", "each_message"):
+    for policy in ("best_path", "joined_replies", "best_replies", "all_replies", "all_paths", "each_message", *PAIR_POLICIES):
         for filters in (None, Source(source="x", policy=policy).filters):
             oasst1.conversations(forest.messages, policy, filters, forest.left_out)
 
@@ -269,6 +270,7 @@ def kinds(folder: Path, recipe: Path) -> dict[str, Kind]:
         "sharegpt": Kind(written("sharegpt.jsonl", lines(SHAREGPT, SHAREGPT)), read_rows, of_lines),
         "alpaca": Kind(written("alpaca.jsonl", lines(ALPACA, ALPACA)), read_rows, of_lines),
         "prompt": Kind(written("prompt.jsonl", lines(PROMPT, PROMPT)), read_rows, of_lines),
+        "pairs": Kind(written("pairs.jsonl", lines(PAIR, PAIR)), read_rows, of_lines),
         "text": Kind(written("text.jsonl", lines({"text": "a b"}, {"text": "é😀"})), read_rows, of_lines),
         "gz": Kind(written("rows.jsonl.gz", gzip.compress(lines(*[CHAT] * 20))), read_rows),
         "list": Kind(written("rows.json", json.dumps([CHAT, CHAT, CHAT], indent=1).encode()), read_rows, of_one),
