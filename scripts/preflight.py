@@ -113,7 +113,7 @@ def preflight(
     # ---- does it fit, and how long does it take -----------------------------------------------------------------------------
     estimate, how = None, "estimated"
     if skeleton is not None:
-        longest = int(rows.lengths.max()) if rows is not None else recipe.data.max_length
+        longest = int(rows.lengths.max()) if rows is not None else recipe.longest_row
         parts = memory_estimate.stored(skeleton, recipe.optim.name, where.engine, where.processes)
         parts += memory_estimate.copies(skeleton, where.engine, memory)
         if where.engine == compatibility.ZERO3:  # which gathers the weights of one module at a time

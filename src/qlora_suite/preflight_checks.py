@@ -327,9 +327,11 @@ def _lengths(recipe: Recipe, rows: Rows, config: PreTrainedConfig, counts: Mappi
     longest = ", ".join(f"{n:,}" for n in np.sort(rows.lengths)[::-1][:3])
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     padding = counts["padding_share"]
-    how = f"packed, {padding:.1%} padding" if recipe.data.packing else "one conversation a row, neighbours of like length"
+    one = "one pair" if recipe.dpo else "one conversation"
+    how = f"packed, {padding:.1%} padding" if recipe.data.packing else f"{one} a row, neighbours of like length"
     text = f"{len(rows):,} rows ({how}); the longest have {longest} tokens"
-    if window and int(rows.lengths.max()) > window:
+    # of a pair's row, the two conversations have positions of their own
+    if window and min(int(rows.lengths.max()), recipe.data.max_length) > window:
         return Finding("look", "rows", f"{text}, and the base was made for {window:,}", f"data.max_length={window}, and prepare again")
     if recipe.data.packing and padding > MUCH_PADDING:
         return Finding("look", "rows", text, "much of each row is empty: a longer or much shorter data.max_length packs better")
