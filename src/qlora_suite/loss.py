@@ -147,5 +147,6 @@ def check_separates_packed_rows(model: nn.Module) -> None:
     difference = (seconds[0] - seconds[1]).abs().max().item()
     if not difference <= 1e-3 * max(1.0, seconds[0].abs().max().item()):
         raise ValueError(
-            f"{type(model).__name__} lets packed conversations read each other (logits differ by {difference:.2g}); set data.packing: false"
+            f"{type(model).__name__} lets packed conversations read each other (logits differ by {difference:.2g}); set "
+            "data.packing: false, or with dpo, whose pairs share a row, take another base"
         )
