@@ -22,14 +22,25 @@ if __name__ == "__main__":  # before the imports below, which take seconds: --he
     args = read_arguments(parser, read_recipe)
 
 import contextlib
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from qlora_suite import anomalies, compatibility, dataset, fast_paths, grpo, optimizer, reference_weights, rewards, run_facts, run_folder
+from qlora_suite import (
+    anomalies,
+    compatibility,
+    dataset,
+    fast_paths,
+    grpo,
+    optimizer,
+    reference_weights,
+    rewards,
+    run_facts,
+    run_folder,
+    samples,
+)
 from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
 from qlora_suite.batches import EMPTY, Order, check_division
@@ -43,7 +54,7 @@ from qlora_suite.preemption import StopRequest
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Recipe
 from qlora_suite.role_markers import RoleMarkers
-from qlora_suite.samples import Sample, Sampler, record, sums, write_page
+from qlora_suite.samples import Sample, Sampler
 from qlora_suite.schedule import lr_at
 from qlora_suite.tracking import Journal, StepBar, peak_memory_gib, say
 from qlora_suite.train_prompts import read_prompts
@@ -54,7 +65,7 @@ from qlora_suite.watchdog import Watchdog, exit_at_once_on_errors, process_group
 def train(recipe: Recipe, verify_data: bool = False) -> None:
     if recipe.grpo is None:
         raise ValueError("the recipe has no section grpo, which says what answers are worth; add one, or use scripts/train.py")
-    hung_after = recipe.stop.hung_after_minutes
+    config, hung_after = recipe.grpo, recipe.stop.hung_after_minutes
     accelerator, dtype = start_engine(recipe.tracking.trackers, recipe.output.dir, process_group_timeout(hung_after))
     rank, world = accelerator.process_index, accelerator.num_processes
     say_once = say if accelerator.is_main_process else lambda _: None
@@ -64,11 +75,11 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
     # ---- prompts: of the prepared data's conversations; and what judges the answers ---------------------------------------
     with together(accelerator):  # a mistake is one sentence, however many processes there are
         compatibility.check(recipe, name_of(accelerator))
-        judges = rewards.judges_of(recipe.grpo.rewards)
+        judges = rewards.judges_of(config.rewards)
         manifest = dataset.load_manifest(recipe, verify=verify_data and accelerator.is_main_process)
         folder = Path(recipe.data.prepared)
         check_division(recipe.train.rows_per_step, world, "auto")
-        prompts = read_prompts(dataset.Rows(folder / "train.arrow"), recipe.data.max_length - recipe.grpo.max_new_tokens)
+        prompts = read_prompts(dataset.Rows(folder / "train.arrow"), recipe.data.max_length - config.max_new_tokens)
     order = Order(
         seed=recipe.seed,
         lengths=prompts.lengths,
@@ -84,7 +95,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         Watchdog(run.path, rank, hung_after * 60, world) as watch,
     ):
         with watch.allow("hashing the base"), together(accelerator):
-            identity = {**run_facts.identity(recipe, manifest), **rewards.fingerprints(recipe.grpo.rewards)} if run.main else None
+            identity = {**run_facts.identity(recipe, manifest), **rewards.fingerprints(config.rewards)} if run.main else None
         identity = gathered(accelerator, identity)[0]
         if run.finished:
             with together(accelerator):
@@ -104,7 +115,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 paths = fast_paths.take(net, base, recipe.speed, dtype, recipe.data.max_length, packed=False, engine=name_of(accelerator))
             state = run.resume(net, identity, run_facts.rounding(recipe, dtype))
         net.train()
-        longest = max(prompts.lengths) + recipe.grpo.max_new_tokens
+        longest = max(prompts.lengths) + config.max_new_tokens
 
         def trial(num_rows: int, checkpointing: float) -> None:
             """Does this micro-batch fit? Tried on the longest answers to the longest prompts."""
@@ -114,14 +125,19 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
             try:
                 with autocast(accelerator.device, dtype):
                     batch = collate([row] * num_rows, pad_id, all_supervised=True).to(accelerator.device)
-                    grpo.log_probabilities(net, batch, recipe.grpo.temperature).sum().backward()
+                    grpo.log_probabilities(net, batch, config.temperature).sum().backward()
             finally:
                 net.zero_grad(set_to_none=True)
 
-        answers_per_rank = recipe.train.rows_per_step // world * recipe.grpo.group_size
-        free = optimizer.state_bytes(net)
-        agree = lambda largest: min(gathered(accelerator, largest))  # noqa: E731
-        limit, checkpointing = choose(recipe.train, answers_per_rank, longest, accelerator.device, trial, agree, free)
+        limit, checkpointing = choose(
+            recipe.train,
+            recipe.train.rows_per_step // world * config.group_size,
+            longest,
+            accelerator.device,
+            trial,
+            lambda largest: min(gathered(accelerator, largest)),
+            optimizer.state_bytes(net),
+        )
         limit, checkpointing = run.within_memory(limit, checkpointing)
         state.micro_batch = {**asdict(limit), "checkpointing": checkpointing}
         set_checkpointing(base, checkpointing)
@@ -132,47 +148,42 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
             run.resume_engine(engine, state)
         set_timeout_of_every_group(process_group_timeout(hung_after))
         run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing, paths=paths)
-        say_once(f"prompts    {prompts}; {recipe.grpo.group_size} answers to each of {recipe.train.rows_per_step} in a step")
-        say_once(f"rewards    {rewards.in_words(recipe.grpo.rewards)}")
+        say_once(f"prompts    {prompts}; {config.group_size} answers to each of {recipe.train.rows_per_step} in a step")
+        say_once(f"rewards    {rewards.in_words(config.rewards)}")
         journal = Journal(run.path / "samples.jsonl", state.step) if run.main else None
-        sampler = Sampler(engine.unwrapped, renderer, recipe.grpo, judges, recipe.seed, accelerator.device, dtype)
+        sampler = Sampler(engine.unwrapped, renderer, config, judges, recipe.seed, accelerator.device, dtype)
 
         def asked() -> bool:
             """At each token: did the step take another bit of its time, and should the run end?"""
             watch.beat(f"answers at step {state.step + 1}")
             return stop.asked()
 
-        def backward_of(samples: list[Sample], num_answers: int, last: bool) -> torch.Tensor:
-            """Forward and backward pass of some answers. [3]: summed loss over answers, KL and clipped ones over tokens."""
-            batch = collate([s.row for s in samples] or [None], pad_id).to(accelerator.device)
-            lengths = [len(s.ids) for s in samples]
+        def backward_of(answers: list[Sample], num_answers: int, last: bool) -> torch.Tensor:
+            """Forward and backward pass of some answers. [3] float64: the sums of grpo.Measured."""
+            batch = collate([s.row for s in answers] or [None], pad_id).to(accelerator.device)
+            if any(s.reference is None for s in answers):
+                with reference():
+                    samples.keep(answers, "reference", grpo.log_probabilities(engine.unwrapped, batch, config.temperature))
             with engine.accumulate(last):
-                if any(s.reference is None for s in samples):
-                    with reference():
-                        found = grpo.log_probabilities(engine.unwrapped, batch, recipe.grpo.temperature)
-                    for sample, of_answer in zip(samples, found.split(lengths), strict=True):
-                        sample.reference = of_answer
-                now = grpo.log_probabilities(engine.model, batch, recipe.grpo.temperature)
-                for sample, of_answer in zip(samples, now.detach().split(lengths), strict=True):
-                    sample.old = of_answer if sample.old is None else sample.old
-                before = [torch.cat([getattr(s, name) for s in samples]) if samples else now.detach() for name in ("old", "reference")]
-                of_answers = torch.tensor([s.advantage for s in samples]).to(now), torch.tensor(lengths, device=now.device)
-                measured = grpo.summed_loss(now, *before, *of_answers, recipe.grpo.beta, recipe.grpo.clip)
+                now = grpo.log_probabilities(engine.model, batch, config.temperature)
+                if any(s.old is None for s in answers):  # the first update: nothing has been learnt since they were sampled
+                    samples.keep(answers, "old", now)
+                measured = grpo.summed_loss(now, *samples.kept(answers, now.device), config.beta, config.clip)
                 engine.backward(measured.loss, num_answers)
             return torch.stack([value.detach().double() for value in measured])
 
-        def gradients_of(step: int, samples: list[Sample], num_answers: int) -> list[torch.Tensor]:
-            """Forward and backward pass of this rank's answers, in micro-batches; what does not fit is done again in smaller ones."""
+        def gradients_of(answers: list[Sample], num_answers: int) -> torch.Tensor:
+            """Of this rank's answers, in micro-batches; what does not fit into memory is done again in smaller ones. [3]: as above."""
             nonlocal limit, checkpointing
-            lengths = [s.num_tokens for s in samples]
-            longest_first = sorted(range(len(samples)), key=lambda i: -lengths[i])
+            lengths = [s.num_tokens for s in answers]
+            longest_first = sorted(range(len(answers)), key=lambda i: -lengths[i])
             while True:
-                micro, found = limit.cut(longest_first, lengths) or [[]], []
+                micro, found = limit.cut(longest_first, lengths) or [[]], []  # a rank without a prompt exchanges gradients all the same
                 try:
                     for i, numbers in enumerate(micro):
-                        watch.beat(f"step {step + 1}, micro-batch {i + 1}")
-                        found.append(backward_of([samples[n] for n in numbers], num_answers, last=i == len(micro) - 1))
-                    return found
+                        watch.beat(f"step {state.step + 1}, micro-batch {i + 1}")
+                        found.append(backward_of([answers[n] for n in numbers], num_answers, last=i == len(micro) - 1))
+                    return torch.stack(found).sum(dim=0)
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
@@ -192,62 +203,59 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         with StepBar("training", num_steps, state.step, visible=run.main) as bar:
             for step in range(state.step, num_steps if not outcome else state.step):
                 step_began = time.monotonic()
-                places = [(place, row) for place, row in enumerate(order.rows_for_step(step)) if row != EMPTY]
-                num_answers = len(places) * recipe.grpo.group_size  # of the whole step, on all ranks
+                places = {place: row for place, row in enumerate(order.rows_for_step(step)) if row != EMPTY}
+                num_answers = len(places) * config.group_size  # of the whole step, on all ranks
                 with together(accelerator):  # a reward that fails ends all of them
-                    samples = sampler(step, {place: prompts[row] for place, row in places if place % world == rank}, asked)
-                if engine.any_rank(samples is None):  # a request to stop: the step has not begun
+                    answers = sampler(step, {place: prompts[row] for place, row in places.items() if place % world == rank}, asked)
+                if engine.any_rank(answers is None):  # a request to stop: the step has not begun
                     outcome = run_folder.ON_REQUEST
                     if state.step:
                         with watch.allow(f"saving step {state.step}"):
                             run.save(state, net, engine, tokenizer, required=True)
                     break
 
-                learning_rate, updates = lr_at(step, recipe.optim, num_steps), []
+                learning_rate = lr_at(step, recipe.optim, num_steps)
                 engine.set_lr(learning_rate)
-                for _ in range(recipe.grpo.updates):
-                    parts = torch.stack(gradients_of(step, samples, num_answers)).sum(dim=0)
-                    loss_sum, grad_norm, *_ = engine.totals([parts[0]])
-                    loss, kl_and_clipped = loss_sum / num_answers, engine.sum_over_ranks(*parts[1:].tolist())
-                    found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
+                sums, losses, norms, skipped_before = samples.sums(answers, judges), [], [], state.skipped_steps
+                for _ in range(config.updates):
+                    loss_sum, kl, clipped = gradients_of(answers, num_answers)
+                    loss_sum, grad_norm, *_ = engine.totals([loss_sum])
+                    losses.append(loss_sum / num_answers)
+                    norms.append(grad_norm)
+                    found = anomaly(losses[-1], grad_norm, state.norms, recipe.optim.spike_ratio)
                     applied = is_applied(found, recipe.optim)
-                    if found and not is_scale_search(found, loss, dtype, engine.loss_scale(), state.skipped_in_a_row):
-                        run.add_anomaly(state, found, None, loss, grad_norm, applied)
+                    if found and not is_scale_search(found, losses[-1], dtype, engine.loss_scale(), state.skipped_in_a_row):
+                        run.add_anomaly(state, found, None, losses[-1], grad_norm, applied)
                     engine.step(applied)
                     anomalies.count(state, grad_norm, applied)
-                    updates.append((loss, grad_norm, *kl_and_clipped, applied))
                     if not applied:
                         with together(accelerator):
-                            rows, scale = [row for _, row in places], engine.loss_scale()
-                            check_skipped(state.skipped_in_a_row, recipe.train.max_skipped_steps, dtype, scale, found, rows)
+                            limit_of, scale = recipe.train.max_skipped_steps, engine.loss_scale()
+                            check_skipped(state.skipped_in_a_row, limit_of, dtype, scale, found, list(places.values()))
+                    sums["kl"] += kl.item()
+                    sums["clipped"] += clipped.item()
 
                 state.step = step + 1
-                mine = sums(samples, list(judges))
-                total = dict(zip(mine, engine.sum_over_ranks(*mine.values()), strict=True))
+                total = dict(zip(sums, engine.sum_over_ranks(*sums.values()), strict=True))
+                means = samples.means(total, num_answers, config.updates)
                 seconds = time.monotonic() - step_began
                 state.tokens, state.seconds = state.tokens + int(total["tokens"]), state.seconds + seconds
-                means = {name: value / num_answers for name, value in total.items() if name not in ("tokens", "squared_advantage")}
-                losses, norms, kls, clipped, were_applied = zip(*updates, strict=True)
-                answer_tokens = total["answer_tokens"] * len(updates)
                 run.add_metrics(
                     step=state.step,
                     loss=sum(losses) / len(losses),
                     **means,
-                    kl=sum(kls) / answer_tokens,
-                    clipped=sum(clipped) / answer_tokens,
-                    advantage_std=math.sqrt(total["squared_advantage"] / num_answers),
                     learning_rate=learning_rate,
                     grad_norm=max(norms),
-                    applied=all(were_applied),
+                    applied=state.skipped_steps == skipped_before,
                     skipped_steps=state.skipped_steps,
                     tokens=state.tokens,
                     tokens_per_second=round(total["tokens"] / seconds, 1),
                     peak_memory_gib=round(peak_memory_gib(accelerator.device), 3),
                 )
                 if journal is not None:
-                    journal.add(record(state.step, samples[: recipe.grpo.group_size]))
+                    journal.add(samples.record(state.step, answers[: config.group_size]))
                     with contextlib.suppress(OSError):  # it is made from samples.jsonl, whole, each time
-                        write_page(run.path / "samples.md", journal.records)
+                        samples.write_page(run.path / "samples.md", journal.records)
                 note = f"reward {means['reward']:.3f}  finished {means['finished']:.0%}  {means['words']:.0f} words"
                 bar.advance(state.step, f"{note}  {state.tokens / state.seconds:,.0f} tokens/s")
 

@@ -38,7 +38,10 @@ def prepared(recipe: Path, *overrides: str) -> Path:
 
 
 def train(recipe: Path, *overrides: str, by: str = "train") -> Path:
-    """Run the loop of scripts/train.py (or of another one), on one thread. Returns the run's folder. Leaves no signal handler and no state behind."""
+    """Run the loop of scripts/train.py, or of another script, on one thread. Returns the run's folder.
+
+    Leaves no signal handler and no state behind.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -149,7 +149,7 @@ def test_loss_and_gradient_are_trls_over_two_updates_of_which_the_second_is_clip
     with torch.no_grad():
         for one in (model, trl.model):
             for p in one.parameters():
-                p -= 0.3 * p.grad
+                p.sub_(0.3 * p.grad)
                 p.grad = None
 
     trl.inputs["old_per_token_logps"] = padded

@@ -7,7 +7,7 @@ A sample is a function of the seed, the step, its prompt's place in the step, it
 depend on what else is in its batch, but for rounding: where a number that was drawn lies within 1e-6 of the edge between two tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,17 +121,40 @@ class Sampler:
         return [Sample(prompt, *one) for one in parts]
 
 
-def sums(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, float]:
-    """What a step's line in metrics.jsonl is made of, summed over answers; `names`: of the rewards. The same keys for no sample at all."""
+def keep(samples: Sequence[Sample], name: str, values: Tensor) -> None:
+    """Give each sample its part of log-probabilities [tokens], answers end to end, as `old` or `reference`."""
+    for sample, of_answer in zip(samples, values.detach().split([len(s.ids) for s in samples]) if samples else (), strict=True):
+        setattr(sample, name, of_answer)
+
+
+def kept(samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(old [tokens], reference [tokens], advantages [answers], lengths [answers]), as `grpo.summed_loss` takes them; there may be none."""
+    nothing = [torch.zeros(0, device=device)]
+    old, reference = (torch.cat(nothing + [getattr(s, name) for s in samples]) for name in ("old", "reference"))
+    advantage = torch.tensor([s.advantage for s in samples], dtype=torch.float32, device=device)
+    return old, reference, advantage, torch.tensor([len(s.ids) for s in samples], dtype=torch.int64, device=device)
+
+
+def sums(samples: Sequence[Sample], rewards: Iterable[str]) -> dict[str, float]:
+    """Of this rank's samples; the same keys for none at all."""
     return {
         "reward": sum(s.reward for s in samples),
-        **{f"reward_{name}": sum(s.rewards[name] for s in samples) for name in names},
+        **{f"reward_{name}": sum(s.rewards[name] for s in samples) for name in rewards},
         "finished": sum(s.answer.stopped for s in samples),
         "words": sum(words(s.answer.text) for s in samples),
         "answer_tokens": sum(len(s.ids) for s in samples),
-        "squared_advantage": sum(s.advantage**2 for s in samples),
+        "advantage_std": sum(s.advantage**2 for s in samples),
         "tokens": sum(s.num_tokens for s in samples),
+        "kl": 0.0,
+        "clipped": 0.0,
     }
+
+
+def means(total: Mapping[str, float], num_answers: int, updates: int) -> dict[str, float]:
+    """A step's line in metrics.jsonl, from the sums of all ranks: per answer; KL and clipped ones per token, over the step's updates."""
+    found = {name: value / num_answers for name, value in total.items() if name != "tokens"}
+    found["advantage_std"] **= 0.5  # their mean is 0 in every group
+    return found | {name: total[name] / (total["answer_tokens"] * updates) for name in ("kl", "clipped")}
 
 
 def record(step: int, group: Sequence[Sample]) -> dict[str, Any]:
