@@ -218,8 +218,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 engine.set_lr(learning_rate)
                 sums, losses, norms, skipped_before = samples.sums(answers, judges), [], [], state.skipped_steps
                 for _ in range(config.updates):
-                    loss_sum, kl, clipped = gradients_of(answers, num_answers)
-                    loss_sum, grad_norm, *_ = engine.totals([loss_sum])
+                    parts = gradients_of(answers, num_answers)
+                    loss_sum, grad_norm, *_ = engine.totals([parts[:1]])
                     losses.append(loss_sum / num_answers)
                     norms.append(grad_norm)
                     found = anomaly(losses[-1], grad_norm, state.norms, recipe.optim.spike_ratio)
@@ -232,8 +232,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                         with together(accelerator):
                             limit_of, scale = recipe.train.max_skipped_steps, engine.loss_scale()
                             check_skipped(state.skipped_in_a_row, limit_of, dtype, scale, found, list(places.values()))
-                    sums["kl"] += kl.item()
-                    sums["clipped"] += clipped.item()
+                    sums["kl"] += parts[1].item()
+                    sums["clipped"] += parts[2].item()
 
                 state.step = step + 1
                 total = dict(zip(sums, engine.sum_over_ranks(*sums.values()), strict=True))
