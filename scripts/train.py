@@ -52,6 +52,8 @@ from qlora_suite.watchdog import Watchdog, exit_at_once_on_errors, process_group
 
 
 def train(recipe: Recipe, verify_data: bool = False) -> None:
+    if recipe.grpo is not None:
+        raise ValueError("the recipe has a section grpo, which is for scripts/train_grpo.py; use that, or remove the section")
     hung_after = recipe.stop.hung_after_minutes
     accelerator, dtype = start_engine(recipe.tracking.trackers, recipe.output.dir, process_group_timeout(hung_after))
     say_once = say if accelerator.is_main_process else lambda _: None

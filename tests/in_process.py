@@ -37,14 +37,17 @@ def prepared(recipe: Path, *overrides: str) -> Path:
     return recipe
 
 
-def train(recipe: Path, *overrides: str) -> Path:
-    """Run the loop of scripts/train.py, on one thread. Returns the run's folder. Leaves no signal handler and no state behind."""
+def train(recipe: Path, *overrides: str, by: str = "train") -> Path:
+    """Run the loop of scripts/train.py, or of another script, on one thread. Returns the run's folder.
+
+    Leaves no signal handler and no state behind.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     values = load(recipe, overrides)
     try:
-        script("train").train(values)
+        script(by).train(values)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

@@ -43,7 +43,7 @@ CURVE = _words("""
     adapter.init adapter.allow_partial
     optim.name optim.learning_rate optim.schedule optim.warmup_steps optim.min_learning_rate_ratio optim.weight_decay
     optim.betas optim.eps optim.max_grad_norm optim.spike_ratio optim.on_spike
-    train.rows_per_step train.epochs train.max_steps dpo
+    train.rows_per_step train.epochs train.max_steps dpo grpo
 """)
 FREE = _words("""
     data.prepared

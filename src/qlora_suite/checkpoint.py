@@ -48,7 +48,7 @@ FORMAT_VERSION = 1
 LEFTOVERS = (
     *("checkpoints/.step-*.tmp", ".final.tmp", ".final.old.tmp", ".previews.md.*.tmp", ".status.json.*.tmp", ".run.json.*.tmp"),
     *(".recipe.yaml.*.tmp", ".metrics.jsonl.*.tmp", ".previews.jsonl.*.tmp", "black_box/.step-*.tmp", ".out_of_memory.json.*.tmp"),
-    *(".shared", "..shared.*.tmp", ".slurm_starts.json.*.tmp"),
+    *(".shared", "..shared.*.tmp", ".slurm_starts.json.*.tmp", ".samples.jsonl.*.tmp", ".samples.md.*.tmp"),
 )
 """What a killed process was writing in a run's folder, or in a mirror."""
 MANIFEST = "manifest.json"

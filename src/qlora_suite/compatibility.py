@@ -36,6 +36,11 @@ def refusals(recipe: Recipe, engine: str) -> list[str]:
             "adapter.dora does not work on a 4-bit base under DeepSpeed ZeRO-3, for it needs whole weights where they are sharded; use "
             "accelerate_configs/deepspeed_zero2.yaml or fsdp.yaml, or adapter.dora: false"
         )
+    if recipe.grpo is not None and engine in (ZERO2, ZERO3, FSDP2):
+        found.append(
+            f"grpo does not work under {engine}, for each process samples answers by itself, with whole weights of its own; use "
+            "accelerate_configs/ddp.yaml"
+        )
     if recipe.speed.dequantize_once is True and engine in (ZERO3, FSDP2):
         found.append(
             f"speed.dequantize_once: true does not work under {engine}, which keeps a part of each weight on each GPU; use auto, or "

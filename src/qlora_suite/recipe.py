@@ -339,6 +339,65 @@ class Dpo(Section):
     """Compare means over an answer's tokens instead of sums, so that length is no advantage (with a beta some 10 times as large)."""
 
 
+NEEDED = {"within_words": "words", "format": "pattern", "no_repetition": None}
+"""The rewards of rewards.py by name, and the key that each needs."""
+
+
+class Reward(Section):
+    """What an answer is judged by: a number from 0 to 1, times `weight`."""
+
+    name: Literal["within_words", "format", "no_repetition"] | None = None
+    """`within_words`: it ends by itself within `words`; `format`: `pattern` is found in it; `no_repetition`: the share of its windows of 4
+    tokens that did not stand in it before."""
+    path: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")] | None = None
+    """Instead of a name: FILE.py:FUNCTION, a function of your own. The file is run (see rewards.py)."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    words: Positive | None = None
+    min_words: Positive | None = None
+    """`within_words`: an answer of fewer is worth nothing (null: 1), or the best one would be to say as good as nothing."""
+    pattern: Name | None = None
+    """`format`: a regular expression, searched for; ^ and $ are the beginning and the end of the answer."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Reward":
+        if (self.name is None) == (self.path is None):
+            raise ValueError(f"give either a name ({', '.join(NEEDED)}) or a path (FILE.py:FUNCTION)")
+        needed = NEEDED[self.name] if self.name else None
+        problems = [f"{self.name} needs {needed}"] if needed and getattr(self, needed) is None else []
+        takes = {"words", "min_words"} if self.name == "within_words" else {needed}
+        for key in ("words", "min_words", "pattern"):
+            if getattr(self, key) is not None and key not in takes:
+                problems.append(f"{key} has no effect with {self.name or 'a function of your own'}; remove it")
+        if self.words is not None and self.min_words is not None and self.min_words > self.words:
+            problems.append(f"min_words is {self.min_words}, above words: {self.words}; no answer could be good")
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                problems.append(f"pattern is no regular expression: {error}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class Grpo(Section):
+    """scripts/train_grpo.py: answers are sampled, judged, and made likelier or less likely (Shao et al., 2024, DeepSeekMath)."""
+
+    rewards: tuple[Reward, ...] = Field(min_length=1)
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Answers to each prompt, which are judged against each other. train.rows_per_step counts the prompts of a step."""
+    max_new_tokens: Positive = 256
+    """Of an answer. Prompts that leave no room for as many within data.max_length are left out."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the sampling, and of the probabilities that are compared."""
+    beta: Annotated[float, Field(ge=0)] = 0.04
+    """How much a distance from the model as it began (its KL divergence) costs."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """A token's probability may leave 1 - clip to 1 + clip times what it was when the answer was sampled, but gains nothing by it."""
+    updates: Positive = 1
+    """Optimiser steps with the same answers."""
+
+
 class Speed(Section):
     """How the same numbers are computed. `auto` is the fast way, where a trial on the loaded base shows that it gives the plain way's
     results; `plain` is the way of transformers and PEFT, to compare with.
@@ -429,6 +488,8 @@ class Recipe(Section):
     train: Train
     dpo: Dpo | None = None
     """Learn from pairs of a chosen and a rejected answer. null: supervised fine-tuning."""
+    grpo: Grpo | None = None
+    """Only for scripts/train_grpo.py."""
     speed: Speed = Speed()
     stop: Stop = Stop()
     evaluation: Evaluation = Evaluation()
@@ -512,9 +573,37 @@ class Recipe(Section):
                 problems.append(f"{place}.learn_after is for chat.format: text; a chat's roles say what is learnt")
             if source.tool_turns == "keep" and self.chat.format != "model":
                 problems.append(f"{place}.tool_turns: keep needs chat.format: model; other formats have no place for tools, use drop")
+        problems += self._grpo_problems() if self.grpo is not None else []
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _grpo_problems(self) -> list[str]:
+        problems = []
+        if self.dpo is not None:
+            problems.append("dpo and grpo are two ways of learning; give the recipe one, and let the other start from its run")
+        if self.data.packing:
+            problems.append("grpo needs data.packing: false, for each row is the conversation of one prompt")
+        if self.grpo.max_new_tokens >= self.data.max_length:
+            limits = f"grpo.max_new_tokens: {self.grpo.max_new_tokens} and data.max_length: {self.data.max_length}"
+            problems.append(f"{limits} leave no room for a prompt; lower the one or raise the other")
+        if self.chat.format == "text" or self.chat.loss_on == "all":
+            problems.append(
+                "grpo needs answers that are told from their prompts; use a chat.format with roles, and chat.loss_on: assistant"
+            )
+        if self.draws_noise:
+            problems.append(
+                "grpo compares how likely an answer is with how likely it was, and adapter.dropout and neftune_noise_alpha change that at "
+                "random; remove them"
+            )
+        if self.evaluation.every_steps is not None:
+            problems.append(
+                "evaluation.every_steps keeps the checkpoint with the lowest development loss, which is not what grpo lowers; set it to "
+                "null (scripts/evaluate.py measures the result)"
+            )
+        if self.speed.compile:
+            problems.append("speed.compile would compile anew for each length of an answer that grpo samples; set it to false")
+        return problems
 
 
 def flatten(recipe: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -554,7 +643,12 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 def names_files(key: str) -> bool:
     """Is it a curve key that only names files? Their contents are compared by hash, so that a folder may be moved."""
-    return re.fullmatch(r"data\.(sets\.\d+\.)?(source|validation_source)|model\.(base|revision)|adapter\.start_from", key) is not None
+    return (
+        re.fullmatch(
+            r"data\.(sets\.\d+\.)?(source|validation_source)|model\.(base|revision)|adapter\.start_from|grpo\.rewards\.\d+\.path", key
+        )
+        is not None
+    )
 
 
 def _flat(name: str, value: Any, flat: Callable[[BaseModel, str], dict[str, Any]]) -> dict[str, Any]:

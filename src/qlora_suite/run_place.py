@@ -16,7 +16,7 @@ STATES = ("running", "stopped", "finished", "failed")
 LEFT_BY_A_RUN = (
     *("status.json", "run.json", "recipe.yaml", "metrics.jsonl", "previews.jsonl", "previews.md", "checkpoints", "final", "final.corrupt*"),
     *(".lock", ".shared", ".final.tmp", ".*.tmp", "hung-rank*.txt", "stop_request", "slurm_starts.json", "black_box", "out_of_memory.json"),
-    *("report*.md", "report*.json", "report*.html", "evaluation", "merged", "hub", "reference.jsonl"),
+    *("report*.md", "report*.json", "report*.html", "evaluation", "merged", "hub", "samples.jsonl", "samples.md", "reference.jsonl"),
 )
 LEFT_BESIDE_IT = ("log", "log.txt", "nohup.out", "*.log", "*.out", "*.err", ".DS_Store", "lost+found", ".nfs*", ".gitignore", ".gitkeep")
 """Logs of queues and shells, and what file systems make."""

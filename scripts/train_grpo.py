@@ -1,0 +1,279 @@
+#!/usr/bin/env python
+"""Make answers likelier that are better than others to the same prompt (GRPO): the loop, in the order things happen.
+
+    python scripts/prepare_data.py recipes/tiny_grpo.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_grpo.py recipes/tiny_grpo.yaml
+
+A step samples a group of answers to each of its prompts, judges them by the recipe's rewards, and learns from the differences within
+the groups. One process, or several under accelerate_configs/ddp.yaml. The same command again goes on where the run stopped. It writes
+what scripts/train.py writes, and
+
+    samples.md       the answers to a prompt of each of the last steps, with their rewards: to look at
+    samples.jsonl    the same for every step
+"""
+
+from qlora_suite.command_line import parser_for, read_arguments, read_recipe, with_clear_errors
+
+if __name__ == "__main__":  # before the imports below, which take seconds: --help, or a mistake in the recipe, does not wait for them
+    parser = parser_for(__doc__)
+    parser.add_argument("recipe", help="a recipe's YAML file, with a section `grpo`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. grpo.beta=0.1")
+    parser.add_argument("--verify-data", action="store_true", help="compare the whole prepared data with its hashes before the run starts")
+    args = read_arguments(parser, read_recipe)
+
+import contextlib
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from qlora_suite import (
+    anomalies,
+    compatibility,
+    dataset,
+    fast_paths,
+    grpo,
+    optimizer,
+    reference_weights,
+    rewards,
+    run_facts,
+    run_folder,
+    samples,
+)
+from qlora_suite.adapter import size
+from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
+from qlora_suite.batches import EMPTY, Order, check_division
+from qlora_suite.chat import Renderer
+from qlora_suite.engine import autocast, engine_for, name_of
+from qlora_suite.engine import start as start_engine
+from qlora_suite.generation import preview
+from qlora_suite.loss import collate
+from qlora_suite.micro_batch import choose, is_out_of_memory, set_checkpointing
+from qlora_suite.preemption import StopRequest
+from qlora_suite.ranks import gathered, taking_turns, together
+from qlora_suite.recipe import Recipe
+from qlora_suite.role_markers import RoleMarkers
+from qlora_suite.samples import Sample, Sampler
+from qlora_suite.schedule import lr_at
+from qlora_suite.tracking import Journal, StepBar, peak_memory_gib, say
+from qlora_suite.train_prompts import read_prompts
+from qlora_suite.trainable import build_model
+from qlora_suite.watchdog import Watchdog, exit_at_once_on_errors, process_group_timeout, set_timeout_of_every_group
+
+
+def train(recipe: Recipe, verify_data: bool = False) -> None:
+    if recipe.grpo is None:
+        raise ValueError("the recipe has no section grpo, which says what answers are worth; add one, or use scripts/train.py")
+    config, hung_after = recipe.grpo, recipe.stop.hung_after_minutes
+    accelerator, dtype = start_engine(recipe.tracking.trackers, recipe.output.dir, process_group_timeout(hung_after))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    say_once = say if accelerator.is_main_process else lambda _: None
+    stop = StopRequest(Path(recipe.output.dir))
+    began = time.monotonic()
+
+    # ---- prompts: of the prepared data's conversations; and what judges the answers ---------------------------------------
+    with together(accelerator):  # a mistake is one sentence, however many processes there are
+        compatibility.check(recipe, name_of(accelerator))
+        judges = rewards.judges_of(config.rewards)
+        manifest = dataset.load_manifest(recipe, verify=verify_data and accelerator.is_main_process)
+        folder = Path(recipe.data.prepared)
+        check_division(recipe.train.rows_per_step, world, "auto")
+        prompts = read_prompts(dataset.Rows(folder / "train.arrow"), recipe.data.max_length - config.max_new_tokens)
+    order = Order(
+        seed=recipe.seed,
+        lengths=prompts.lengths,
+        rows_per_step=recipe.train.rows_per_step,
+        epochs=recipe.train.epochs,
+        max_steps=recipe.train.max_steps,
+        group_by_length=True,  # prompts of like length are padded little when they are answered together
+    )
+    num_steps = order.num_steps
+
+    with (
+        run_folder.open_run(recipe, accelerator, num_steps) as run,
+        Watchdog(run.path, rank, hung_after * 60, world) as watch,
+    ):
+        with watch.allow("hashing the base"), together(accelerator):
+            identity = {**run_facts.identity(recipe, manifest), **rewards.fingerprints(config.rewards)} if run.main else None
+        identity = gathered(accelerator, identity)[0]
+        if run.finished:
+            with together(accelerator):
+                run.check_finished(identity)
+            say_once(f"{run.path} is finished: {run.step} steps, result in {run.path / 'final'} (another output.dir trains anew)")
+            return
+
+        # ---- model, adapter, reference, optimiser; then whatever a checkpoint knows better ----------------------------------
+        tokenizer = run_facts.prepared_tokenizer(folder)
+        renderer = Renderer(tokenizer, recipe.chat, RoleMarkers.from_json(manifest["role_markers"]))
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        with watch.allow("loading the base", minutes=hung_after * world):
+            with taking_turns(accelerator):
+                net, base = build_model(recipe, manifest, dtype, accelerator.device)
+                reference = reference_weights.kept(net)  # as the run begins, whatever a checkpoint holds
+                watch.beat("the trial of the faster ways")
+                paths = fast_paths.take(net, base, recipe.speed, dtype, recipe.data.max_length, packed=False, engine=name_of(accelerator))
+            state = run.resume(net, identity, run_facts.rounding(recipe, dtype))
+        net.train()
+        longest = max(prompts.lengths) + config.max_new_tokens
+
+        def trial(num_rows: int, checkpointing: float) -> None:
+            """Does this micro-batch fit? Tried on the longest answers to the longest prompts."""
+            watch.beat(f"the trial of {num_rows} answers")
+            set_checkpointing(base, checkpointing)
+            row = {"input_ids": [pad_id] * longest, "supervised": [True] * longest, "lengths": [longest]}
+            try:
+                with autocast(accelerator.device, dtype):
+                    batch = collate([row] * num_rows, pad_id, all_supervised=True).to(accelerator.device)
+                    grpo.log_probabilities(net, batch, config.temperature).sum().backward()
+            finally:
+                net.zero_grad(set_to_none=True)
+
+        limit, checkpointing = choose(
+            recipe.train,
+            recipe.train.rows_per_step // world * config.group_size,
+            longest,
+            accelerator.device,
+            trial,
+            lambda largest: min(gathered(accelerator, largest)),
+            optimizer.state_bytes(net),
+        )
+        limit, checkpointing = run.within_memory(limit, checkpointing)
+        state.micro_batch = {**asdict(limit), "checkpointing": checkpointing}
+        set_checkpointing(base, checkpointing)
+
+        sizes = size(net)
+        with watch.allow("starting the engine"):
+            engine = engine_for(accelerator, net, optimizer.build(net, recipe.optim), dtype, recipe.optim.max_grad_norm)
+            run.resume_engine(engine, state)
+        set_timeout_of_every_group(process_group_timeout(hung_after))
+        run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing, paths=paths)
+        say_once(f"prompts    {prompts}; {config.group_size} answers to each of {recipe.train.rows_per_step} in a step")
+        say_once(f"rewards    {rewards.in_words(config.rewards)}")
+        journal = Journal(run.path / "samples.jsonl", state.step) if run.main else None
+        sampler = Sampler(engine.unwrapped, renderer, config, judges, recipe.seed, accelerator.device, dtype)
+
+        def asked() -> bool:
+            """At each token: did the step take another bit of its time, and should the run end?"""
+            watch.beat(f"answers at step {state.step + 1}")
+            return stop.asked()
+
+        def backward_of(answers: list[Sample], num_answers: int, last: bool) -> torch.Tensor:
+            """Forward and backward pass of some answers. [3] float64: the sums of grpo.Measured."""
+            batch = collate([s.row for s in answers] or [None], pad_id).to(accelerator.device)
+            if any(s.reference is None for s in answers):
+                with reference():
+                    samples.keep(answers, "reference", grpo.log_probabilities(engine.unwrapped, batch, config.temperature))
+            with engine.accumulate(last):
+                now = grpo.log_probabilities(engine.model, batch, config.temperature)
+                if any(s.old is None for s in answers):  # the first update: nothing has been learnt since they were sampled
+                    samples.keep(answers, "old", now)
+                measured = grpo.summed_loss(now, *samples.kept(answers, now.device), config.beta, config.clip)
+                engine.backward(measured.loss, num_answers)
+            return torch.stack([value.detach().double() for value in measured])
+
+        def gradients_of(answers: list[Sample], num_answers: int) -> torch.Tensor:
+            """Of this rank's answers, in micro-batches; what does not fit into memory is done again in smaller ones. [3]: as above."""
+            nonlocal limit, checkpointing
+            lengths = [s.num_tokens for s in answers]
+            longest_first = sorted(range(len(answers)), key=lambda i: -lengths[i])
+            while True:
+                micro, found = limit.cut(longest_first, lengths) or [[]], []  # a rank without a prompt exchanges gradients all the same
+                try:
+                    for i, numbers in enumerate(micro):
+                        watch.beat(f"step {state.step + 1}, micro-batch {i + 1}")
+                        found.append(backward_of([answers[n] for n in numbers], num_answers, last=i == len(micro) - 1))
+                    return torch.stack(found).sum(dim=0)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                # not in the block above: there the error's traceback still holds the tensors
+                limit, checkpointing = run.with_less_memory(state, engine, limit, checkpointing, micro, lengths)
+                set_checkpointing(base, checkpointing)
+
+        def look_around() -> None:
+            """Previews where they are due. A request to stop cuts them short, and the resumed run makes up for it."""
+            if run.preview_due(state, engine):
+                run.add_preview(state.step, preview(engine, renderer, recipe.previews, asked))
+
+        # ---- the loop -------------------------------------------------------------------------------------------------------
+        look_around()
+        outcome = run_folder.ON_REQUEST if engine.any_rank(stop.asked()) else ""
+        last_save = time.monotonic()
+        with StepBar("training", num_steps, state.step, visible=run.main) as bar:
+            for step in range(state.step, num_steps if not outcome else state.step):
+                step_began = time.monotonic()
+                places = {place: row for place, row in enumerate(order.rows_for_step(step)) if row != EMPTY}
+                num_answers = len(places) * config.group_size  # of the whole step, on all ranks
+                with together(accelerator):  # a reward that fails ends all of them
+                    answers = sampler(step, {place: prompts[row] for place, row in places.items() if place % world == rank}, asked)
+                if engine.any_rank(answers is None):  # a request to stop: the step has not begun
+                    outcome = run_folder.ON_REQUEST
+                    if state.step:
+                        with watch.allow(f"saving step {state.step}"):
+                            run.save(state, net, engine, tokenizer, required=True)
+                    break
+
+                learning_rate = lr_at(step, recipe.optim, num_steps)
+                engine.set_lr(learning_rate)
+                sums, losses, norms, skipped_before = samples.sums(answers, judges), [], [], state.skipped_steps
+                for _ in range(config.updates):
+                    parts = gradients_of(answers, num_answers)
+                    loss_sum, grad_norm, *_ = engine.totals([parts[:1]])
+                    losses.append(loss_sum / num_answers)
+                    norms.append(grad_norm)
+                    found = anomaly(losses[-1], grad_norm, state.norms, recipe.optim.spike_ratio)
+                    applied = is_applied(found, recipe.optim)
+                    if found and not is_scale_search(found, losses[-1], dtype, engine.loss_scale(), state.skipped_in_a_row):
+                        run.add_anomaly(state, found, None, losses[-1], grad_norm, applied)
+                    engine.step(applied)
+                    anomalies.count(state, grad_norm, applied)
+                    if not applied:
+                        with together(accelerator):
+                            limit_of, scale = recipe.train.max_skipped_steps, engine.loss_scale()
+                            check_skipped(state.skipped_in_a_row, limit_of, dtype, scale, found, list(places.values()))
+                    sums["kl"] += parts[1].item()
+                    sums["clipped"] += parts[2].item()
+
+                state.step = step + 1
+                total = dict(zip(sums, engine.sum_over_ranks(*sums.values()), strict=True))
+                means = samples.means(total, num_answers, config.updates)
+                seconds = time.monotonic() - step_began
+                state.tokens, state.seconds = state.tokens + int(total["tokens"]), state.seconds + seconds
+                run.add_metrics(
+                    step=state.step,
+                    loss=sum(losses) / len(losses),
+                    **means,
+                    learning_rate=learning_rate,
+                    grad_norm=max(norms),
+                    applied=state.skipped_steps == skipped_before,
+                    skipped_steps=state.skipped_steps,
+                    tokens=state.tokens,
+                    tokens_per_second=round(total["tokens"] / seconds, 1),
+                    peak_memory_gib=round(peak_memory_gib(accelerator.device), 3),
+                )
+                if journal is not None:
+                    journal.add(samples.record(state.step, answers[: config.group_size]))
+                    with contextlib.suppress(OSError):  # it is made from samples.jsonl, whole, each time
+                        samples.write_page(run.path / "samples.md", journal.records)
+                note = f"reward {means['reward']:.3f}  finished {means['finished']:.0%}  {means['words']:.0f} words"
+                bar.advance(state.step, f"{note}  {state.tokens / state.seconds:,.0f} tokens/s")
+
+                look_around()
+                signs = run.signs(state, stop, time.monotonic() - began, time.monotonic() - last_save)
+                seen = run_folder.Signs.of(engine.sum_over_ranks(*signs))
+                outcome, last = run.reason_to_stop(state, seen), state.step == num_steps
+                if last or outcome or run.time_to_save(state, seen):
+                    with watch.allow(f"saving step {state.step}"):
+                        saved = run.save(state, net, engine, tokenizer, required=last or bool(outcome))
+                    last_save = time.monotonic() if saved else last_save
+                if outcome:
+                    break
+
+        with watch.allow("writing the result"):
+            run.end(state, net, tokenizer, outcome, stop)
+
+
+if __name__ == "__main__":
+    with exit_at_once_on_errors():
+        with_clear_errors(lambda: train(args.recipe, args.verify_data), debug=args.debug)

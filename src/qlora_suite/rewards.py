@@ -1,0 +1,115 @@
+"""What an answer is worth, as GRPO asks it: small pure functions, from an answer to a number from 0 to 1.
+
+    grpo:
+      rewards:
+        - {name: within_words, words: 60}
+        - {name: no_repetition, weight: 0.5}
+        - {path: "my_rewards.py:polite"}        # def polite(answer): return float("please" in answer.text)
+
+A function of your own gets a generation.Answer: `text`, `num_tokens`, `stopped` (did the model end it by itself?), `repetition`, and
+`prompt` (all that stands before the answer, with the format's markers). Its file is run as Python, in every process of the run.
+"""
+
+import importlib.util
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from qlora_suite.files import sha256
+from qlora_suite.generation import Answer
+from qlora_suite.recipe import Reward
+
+Judge = Callable[[Answer], float]
+
+
+def within_words(answer: Answer, words: int, min_words: int = 1) -> float:
+    """1 for an answer that ends by itself and has at most so many words (what white space separates), else 0."""
+    return float(answer.stopped and min_words <= len(answer.text.split()) <= words)
+
+
+def has_format(answer: Answer, pattern: str) -> float:
+    """1 if the regular expression is found in the text, else 0."""
+    return float(re.search(pattern, answer.text) is not None)
+
+
+def no_repetition(answer: Answer) -> float:
+    """The share of windows of 4 tokens that did not stand in the answer before: 1 for none, near 0 for a loop."""
+    return 1 - answer.repetition
+
+
+def judges_of(rewards: Sequence[Reward]) -> dict[str, tuple[float, Judge]]:
+    """{name: (weight, function)}; a name that comes again gets a number. Raises ValueError for a file without the function."""
+    found: dict[str, tuple[float, Judge]] = {}
+    for reward in rewards:
+        name = reward.name or reward.path.rpartition(":")[2]
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        found[next(free for free in names if free not in found)] = (reward.weight, judge_of(reward))
+    return found
+
+
+def judge_of(reward: Reward) -> Judge:
+    if reward.path is not None:
+        return _own(reward.path)
+    if reward.name == "within_words":
+        return partial(within_words, words=reward.words, min_words=reward.min_words or 1)
+    return partial(has_format, pattern=reward.pattern) if reward.name == "format" else no_repetition
+
+
+def fingerprints(rewards: Sequence[Reward]) -> dict[str, str]:
+    """Of the files of own functions: what a run must find again when it resumes. Raises ValueError for a file that is not there."""
+    return {f"grpo.rewards.{i}.path (function, and hash of its file)": _name_of(r.path) for i, r in enumerate(rewards) if r.path}
+
+
+def judged(answer: Answer, judges: dict[str, tuple[float, Judge]]) -> dict[str, float]:
+    """Each reward of an answer, before its weight. Raises ValueError, naming the function, for one that fails or gives no such number."""
+    values = {}
+    for name, (_, judge) in judges.items():
+        try:
+            value = judge(answer)
+        except Exception as error:
+            raise ValueError(f"reward {name} failed with {type(error).__name__}: {error}; the answer was {answer.text[:80]!r}") from error
+        if not isinstance(value, bool | int | float) or not (math.isfinite(value) and 0 <= value <= 1):
+            raise ValueError(f"reward {name} gave {value!r}, not a number from 0 to 1; the answer was {answer.text[:80]!r}")
+        values[name] = float(value)
+    return values
+
+
+def in_words(rewards: Sequence[Reward]) -> str:
+    """For the console: what judges, with which weight, and which files are run for it."""
+    of_each = []
+    for reward in rewards:
+        keys = {key: getattr(reward, key) for key in ("words", "min_words", "pattern") if getattr(reward, key) is not None}
+        given = f" ({', '.join(f'{key}: {value}' for key, value in keys.items())})" if keys else ""
+        what = f"{reward.name}{given}" if reward.name else f"{reward.path} (runs {_parts(reward.path)[0]})"
+        of_each.append(what if reward.weight == 1 else f"{reward.weight:g} x {what}")
+    return " + ".join(of_each)
+
+
+def _own(path: str) -> Judge:
+    file, function = _parts(path)
+    spec = importlib.util.spec_from_file_location(f"own_rewards_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"grpo.rewards: {file} cannot be run: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ValueError(f"grpo.rewards: {file} has no function {function}; define it there, or name another behind the colon")
+    return found
+
+
+def _name_of(path: str) -> str:
+    file, function = _parts(path)
+    return f"{function} {sha256(file)}"
+
+
+def _parts(path: str) -> tuple[Path, str]:
+    name, _, function = path.rpartition(":")
+    file = Path(name).resolve()
+    if not file.is_file():
+        raise ValueError(f"grpo.rewards: there is no file {file}; write FILE.py:FUNCTION, from the working folder or with its whole path")
+    return file, function

@@ -1,0 +1,160 @@
+"""What an answer is worth, by cases; and a person's own function, which is run and watched."""
+
+from pathlib import Path
+
+import pytest
+from conftest import MakeRecipe
+
+from qlora_suite import rewards
+from qlora_suite.generation import Answer
+from qlora_suite.recipe import Reward
+from qlora_suite.recipe_file import load
+from qlora_suite.rewards import fingerprints, has_format, in_words, judged, judges_of, no_repetition, within_words
+
+GRPO = ("data.packing=false", "grpo.max_new_tokens=16")
+
+
+def answer(text: str, stopped: bool = True, repetition: float = 0.0) -> Answer:
+    return Answer("prompt", text, len(text.split()), stopped, repetition)
+
+
+@pytest.mark.parametrize(
+    ("text", "stopped", "worth"),
+    [
+        ("one two three", True, 1.0),
+        ("one two three", False, 0.0),  # cut off by the limit
+        ("one two three four", True, 0.0),
+        ("one  two\n\nthree", True, 1.0),  # words, not spaces
+        ("one", True, 0.0),  # below min_words
+        ("", True, 0.0),
+    ],
+)
+def test_short_answers_count_that_end_by_themselves_and_say_something(text: str, stopped: bool, worth: float) -> None:
+    assert within_words(answer(text, stopped), words=3, min_words=2) == worth
+
+
+def test_saying_nothing_is_no_short_answer() -> None:
+    assert within_words(answer(""), words=3) == within_words(answer("   "), words=3) == 0
+    assert within_words(answer("Yes"), words=3) == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "worth"),
+    [("^Yes|^No", "No, never", 1.0), ("^Yes|^No", "Oh no", 0.0), (r"(?s)^<a>.*</a>$", "<a>x\ny</a>", 1.0), (r"\d", "", 0.0)],
+)
+def test_a_format_is_found_or_not(pattern: str, text: str, worth: float) -> None:
+    assert has_format(answer(text), pattern) == worth
+
+
+def test_repetition_costs_its_share() -> None:
+    assert [no_repetition(answer("x", repetition=r)) for r in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
+
+
+def test_names_that_come_again_are_numbered_and_none_is_lost() -> None:
+    found = judges_of([Reward(name="format", pattern="a"), Reward(name="format", pattern="b", weight=0.5), Reward(name="no_repetition")])
+    assert {name: weight for name, (weight, _) in found.items()} == {"format": 1.0, "format_2": 0.5, "no_repetition": 1.0}
+    assert judged(answer("b"), found) == {"format": 0.0, "format_2": 1.0, "no_repetition": 1.0}
+
+
+# --- a person's own
+
+
+def own(folder: Path, body: str) -> str:
+    file = folder / "mine.py"
+    file.write_text(f"def polite(answer):\n    {body}\n")
+    return f"{file}:polite"
+
+
+def test_a_function_of_ones_own_is_run_from_the_file_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = own(tmp_path, "return 'please' in answer.text and not answer.prompt.startswith('x')")
+    monkeypatch.chdir(tmp_path)
+    for name in (path, "mine.py:polite"):
+        judges = judges_of([Reward(path=name)])
+        assert [judged(answer(text), judges) for text in ("yes please", "no")] == [{"polite": 1.0}, {"polite": 0.0}]
+        assert in_words([Reward(path=name, weight=2)]) == f"2 x {name} (runs {tmp_path / 'mine.py'})"
+
+
+def test_what_a_file_says_belongs_to_the_run_and_where_it_lies_does_not(tmp_path: Path) -> None:
+    before = fingerprints([Reward(name="no_repetition"), Reward(path=own(tmp_path, "return 1"))])
+    assert list(before) == ["grpo.rewards.1.path (function, and hash of its file)"]
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "mine.py").rename(tmp_path / "moved" / "mine.py")
+    moved = [Reward(name="no_repetition"), Reward(path=f"{tmp_path}/moved/mine.py:polite")]
+    assert fingerprints(moved) == before
+    (tmp_path / "moved" / "mine.py").write_text("def polite(answer):\n    return 0\n")
+    assert fingerprints(moved) != before
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return 1.5", "reward polite gave 1.5, not a number from 0 to 1; the answer was 'hello'"),
+        ("return None", "gave None"),
+        ("return float('nan')", "gave nan"),
+        ("return answer.txt", "reward polite failed with AttributeError"),
+    ],
+)
+def test_a_function_that_fails_or_gives_no_share_is_named(tmp_path: Path, body: str, words: str) -> None:
+    judges = judges_of([Reward(path=own(tmp_path, body))])
+    with pytest.raises(ValueError, match=words):
+        judged(answer("hello"), judges)
+
+
+def test_files_that_cannot_be_run_are_refused(tmp_path: Path) -> None:
+    path = own(tmp_path, "return 1")
+    with pytest.raises(ValueError, match=f"there is no file {tmp_path}/other.py"):
+        judges_of([Reward(path=f"{tmp_path}/other.py:polite")])
+    with pytest.raises(ValueError, match="has no function rude"):
+        judges_of([Reward(path=path.replace("polite", "rude"))])
+    (tmp_path / "mine.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(ValueError, match=r"mine.py cannot be run: ModuleNotFoundError"):
+        judges_of([Reward(path=path)])
+
+
+# --- in a recipe
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("{}", "give either a name"),
+        ("{name: no_repetition, path: 'x.py:f'}", "give either a name"),
+        ("{name: within_words}", "grpo.rewards.0: within_words needs words"),
+        ("{name: format}", "format needs pattern"),
+        ("{name: format, pattern: '('}", "pattern is no regular expression"),
+        ("{name: no_repetition, words: 3}", "words has no effect with no_repetition"),
+        ("{path: 'x.py:f', pattern: a}", "pattern has no effect with a function of your own"),
+        ("{path: x.py}", "grpo.rewards.0.path"),
+        ("{name: within_words, words: 3, min_words: 4}", "no answer could be good"),
+        ("{name: within_words, words: 3, weight: 0}", "grpo.rewards.0.weight"),
+    ],
+)
+def test_a_reward_that_cannot_work_is_a_mistake_in_the_recipe(make_recipe: MakeRecipe, reward: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load(make_recipe(*GRPO), [f"grpo.rewards=[{reward}]"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.packing=true", "grpo needs data.packing: false"),
+        ("grpo.max_new_tokens=256", "leave no room for a prompt"),
+        ("grpo.group_size=1", "grpo.group_size"),
+        ("grpo.rewards=[]", "grpo.rewards"),
+        ("chat.loss_on=all", "answers that are told from their prompts"),
+        ("adapter.dropout=0.1", "adapter.dropout and neftune_noise_alpha change that at random"),
+        ("evaluation.every_steps=5", "evaluation.every_steps keeps the checkpoint with the lowest development loss"),
+        ("speed.compile=true", "speed.compile"),
+    ],
+)
+def test_what_does_not_go_with_grpo_is_refused(make_recipe: MakeRecipe, override: str, words: str) -> None:
+    good = ["grpo.rewards=[{name: no_repetition}]"]
+    assert load(make_recipe(*GRPO), good).grpo.rewards[0].name == "no_repetition"
+    with pytest.raises(ValueError, match=words):
+        load(make_recipe(*GRPO), [*good, override])
+
+
+def test_every_name_of_the_recipe_is_a_function() -> None:
+    judges = judges_of([Reward(name="within_words", words=3), Reward(name="format", pattern="x"), Reward(name="no_repetition")])
+    assert judged(answer("x"), judges) == {"within_words": 1.0, "format": 1.0, "no_repetition": 1.0}
+    assert rewards.in_words([Reward(name="within_words", words=3)]) == "within_words (words: 3)"

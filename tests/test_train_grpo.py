@@ -1,0 +1,368 @@
+"""scripts/train_grpo.py: what is asked, sampled and learnt, and what a run is that was interrupted, shared out or short of memory."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, MakeRecipe, write_recipe
+from in_process import column, lines, metrics, prepared, script, train
+from safetensors.torch import load_file
+from same_run import FINAL, assert_same, curve, snapshot, state_of
+
+from qlora_suite import compatibility, generation, run_facts, samples
+from qlora_suite.chat import Renderer
+from qlora_suite.dataset import Rows, load_manifest
+from qlora_suite.files import read_json
+from qlora_suite.preemption import REQUEST
+from qlora_suite.preparation import trimmed
+from qlora_suite.recipe_file import load
+from qlora_suite.rewards import judges_of
+from qlora_suite.role_markers import RoleMarkers
+from qlora_suite.run_folder import Run
+from qlora_suite.samples import Sampler
+from qlora_suite.selection import Counts, selected
+from qlora_suite.train_prompts import prompt_length, read_prompts
+from qlora_suite.trainable import build_model
+
+CPU = torch.device("cpu")
+STEPS = 5
+LETTERS = "def letters(answer):\n    return min(1.0, answer.text.count('e') / 8)\n"
+"""Something that random weights can learn to say."""
+
+
+def write_grpo_recipe(folder: Path, base: Path, source: Path, *overrides: str) -> Path:
+    own = folder / "own.py"
+    own.write_text(LETTERS)
+    ours = (
+        "data.packing=false",
+        f"grpo.rewards=[{{path: '{own}:letters'}}, {{name: no_repetition, weight: 0.25}}]",
+        "grpo.group_size=4",
+        "grpo.max_new_tokens=12",
+        "optim.learning_rate=1e-2",
+        "train.rows_per_step=4",
+        f"train.max_steps={STEPS}",
+        "checkpoints.every_steps=2",
+    )
+    return prepared(write_recipe(folder, base, source, *ours, *overrides))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, oasst_file: Path) -> Path:
+    previews = "previews={prompts: [Hello], every_steps: 2, max_new_tokens: 8}"
+    return write_grpo_recipe(tmp_path_factory.mktemp("grpo"), tiny_base, oasst_file, previews, "grpo.updates=2")
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> Path:
+    """The uninterrupted run, with two updates a step."""
+    return train(recipe, f"output.dir={recipe.parent}/whole", by="train_grpo")
+
+
+def all_samples(run: Path) -> list[dict[str, Any]]:
+    return lines(run / "samples.jsonl")
+
+
+# --- prompts
+
+
+@pytest.mark.parametrize("format", ["oasst", "human_assistant", "llama2", "chatml"])
+def test_a_prompt_is_what_a_model_is_given_to_answer(make_recipe: MakeRecipe, format: str) -> None:
+    """Of every row: the ids before its last learnt answer are those of `Renderer.prompt` for the turns before it."""
+    values = load(prepared(make_recipe("data.packing=false", f"chat.format={format}")))
+    manifest, folder = load_manifest(values), Path(values.data.prepared)
+    renderer = Renderer(run_facts.prepared_tokenizer(folder), values.chat, RoleMarkers.from_json(manifest["role_markers"]))
+    rows, several = Rows(folder / "train.arrow"), 0
+    with selected(values) as selection:
+        conversations = {one.key: one for one in trimmed(selection.splits["train"], Counts())}
+    for number in range(len(rows)):
+        conversation, row = conversations[rows.examples(number)[0]], rows[number]
+        starts = {turn.index: turn.start for turn in renderer.render(conversation).turns if turn.learn}
+        last = max(index for index, start in starts.items() if start < len(row["input_ids"]))
+        assert row["input_ids"][: prompt_length(row)].tolist() == renderer.prompt(conversation.turns[:last])
+        several += last > 1
+    assert several > 5, "no conversation of several answers was among them"
+    assert len(rows) > 50
+
+
+def test_prompts_are_asked_once_each_and_long_ones_are_counted(recipe: Path) -> None:
+    rows = Rows(Path(load(recipe).data.prepared) / "train.arrow")
+    of_rows = [rows[number]["input_ids"][: prompt_length(rows[number])].tolist() for number in range(len(rows))]
+    distinct = list(dict.fromkeys(map(tuple, of_rows)))
+    found = read_prompts(rows, longest=100)
+    assert [tuple(prompt) for prompt in found] == [ids for ids in distinct if len(ids) <= 100]
+    assert found.lengths == [len(prompt) for prompt in found]
+    assert found.num_too_long == sum(len(ids) > 100 for ids in of_rows) > 0
+    assert found.num_asked_before == len(of_rows) - found.num_too_long - len(found) > 0
+    assert str(found) == f"{len(found)} of {len(rows)} rows, {found.num_asked_before} the same as another, {found.num_too_long} too long"
+    with pytest.raises(ValueError, match=r"every prompt of .* has more than 3 tokens"):
+        read_prompts(rows, longest=3)
+
+
+# --- samples
+
+
+@pytest.fixture(scope="module")
+def make_sampler(recipe: Path) -> Callable[..., Sampler]:
+    values = load(recipe)
+    manifest, folder = load_manifest(values), Path(values.data.prepared)
+    renderer = Renderer(run_facts.prepared_tokenizer(folder), values.chat, RoleMarkers.from_json(manifest["role_markers"]))
+    net, _ = build_model(values, manifest, torch.float32, CPU)
+    judges = judges_of(values.grpo.rewards)
+    return lambda seed=0: Sampler(net.train(), renderer, values.grpo, judges, seed, CPU, torch.float32)
+
+
+PROMPTS = {0: [3, 4, 5, 6, 7, 8, 9, 10, 11], 1: [40, 41], 2: [20, 21, 22], 3: [40, 41]}
+
+
+def drawn(sampler: Sampler, step: int = 7, places: tuple[int, ...] = (0, 1, 2, 3)) -> dict[int, list[list[int]]]:
+    found = sampler(step, {place: PROMPTS[place] for place in places})
+    assert [list(s.prompt) for s in found] == [PROMPTS[place] for place in places for _ in range(4)]
+    return {place: [list(s.ids) for s in found[4 * i : 4 * i + 4]] for i, place in enumerate(places)}
+
+
+def test_a_sample_depends_on_seed_step_prompt_and_number_alone(make_sampler: Callable[..., Sampler]) -> None:
+    expected = drawn(make_sampler())
+    everything = [ids for group in expected.values() for ids in group]
+    assert len({tuple(ids) for ids in everything}) == 16, "within a group, and of a prompt that comes twice, each is another one"
+    for at_once in (1, 3, 7):
+        sampler = make_sampler()
+        sampler.at_once = at_once
+        assert drawn(sampler) == expected
+    torch.manual_seed(99)
+    for places in ((0, 2), (1, 3), (3, 1)):  # as two processes share them out, and in another order
+        assert drawn(make_sampler(), places=places) == {place: expected[place] for place in places}
+    for other in (drawn(make_sampler(), step=8), drawn(make_sampler(seed=1))):
+        assert all(a != b for place in PROMPTS for a, b in zip(other[place], expected[place], strict=True))
+
+
+def test_the_end_of_an_answer_is_part_of_what_is_learnt(make_sampler: Callable[..., Sampler]) -> None:
+    sampler = make_sampler()
+    stops, bias = sampler.renderer.stop_token_ids, sampler.net.get_output_embeddings().bias.data
+    with torch.no_grad():
+        bias[stops[0]] += 4
+        found = sampler(0, PROMPTS)
+        bias[stops[0]] -= 4
+    assert {s.answer.stopped for s in found} == {True, False}
+    for s in found:
+        assert (s.ids[-1] in stops) == s.answer.stopped
+        assert not set(s.ids[:-1]) & set(stops)
+        assert len(s.ids) == s.answer.num_tokens + s.answer.stopped <= 12
+        assert (s.row["input_ids"], sum(s.row["supervised"]), s.row["lengths"]) == ([*s.prompt, *s.ids], len(s.ids), [s.num_tokens])
+        assert s.answer.prompt == sampler.renderer.tokenizer.decode(s.prompt)
+
+
+def test_advantages_are_taken_within_the_group_of_one_prompt(make_sampler: Callable[..., Sampler]) -> None:
+    found = make_sampler()(0, PROMPTS)
+    for start in range(0, 16, 4):
+        group = found[start : start + 4]
+        rewards = np.array([s.rewards["letters"] + 0.25 * s.rewards["no_repetition"] for s in group])
+        assert [s.reward for s in group] == pytest.approx(rewards.tolist())
+        assert [s.advantage for s in group] == pytest.approx(((rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)).tolist(), abs=1e-9)
+
+
+def test_where_memory_is_short_fewer_are_sampled_at_once(make_sampler: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, sizes = drawn(make_sampler()), []
+
+    def short(net: Any, prompts: list, *rest: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generation.decode(net, prompts, *rest)
+
+    monkeypatch.setattr(samples, "decode", short)
+    sampler = make_sampler()
+    assert drawn(sampler) == drawn(sampler) == expected
+    assert sizes == [16, 8, 4, 4, 4, 4, 4, 4, 4, 4], "it is found out once"
+
+
+# --- what is learnt
+
+
+def test_what_is_rewarded_is_said_more_often(recipe: Path) -> None:
+    """Of all weights: the adapter of a base this small cannot move its output far."""
+    more = ("adapter=none", "model.quantization=none", "train.max_steps=16", "train.epochs=8", "train.rows_per_step=8", "grpo.updates=1")
+    run = train(recipe, f"output.dir={recipe.parent}/learns", *more, "checkpoints.every_steps=null", by="train_grpo")
+    steps = metrics(run)
+    rewards = column(steps, "reward_letters")
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
+    assert steps[-1]["reward"] == pytest.approx(steps[-1]["reward_letters"] + 0.25 * steps[-1]["reward_no_repetition"])
+    assert abs(steps[0]["kl"]) < 1e-6 < steps[-1]["kl"]
+    assert set(column(steps, "clipped")) == {0}, "with one update a step the ratio is 1"
+    assert all(0 < record["advantage_std"] < 1 for record in steps)
+    assert {"finished", "words", "answer_tokens", "tokens_per_second", "grad_norm"} <= steps[0].keys()
+
+
+def test_what_a_person_can_look_at(whole: Path) -> None:
+    assert max(column(metrics(whole), "clipped")) > 0, "the second of two updates leaves the range somewhere"
+    found = all_samples(whole)
+    assert column(found, "step") == list(range(1, STEPS + 1))
+    for record in found:
+        assert len(record["answers"]) == 4
+        assert sum(a["advantage"] for a in record["answers"]) == pytest.approx(0, abs=1e-9)
+        assert set(record["answers"][0]["rewards"]) == {"letters", "no_repetition"}
+    page = (whole / "samples.md").read_text()
+    assert page.index(f"## Step {STEPS}") < page.index("## Step 1\n")
+    assert "advantage +" in page
+    assert "ran into the limit" in page
+
+
+def test_the_reference_is_the_adapter_that_it_starts_from(recipe: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the first update nothing has been learnt: the divergence is 0, of a new adapter and of one that has learnt already."""
+    one = ("grpo.updates=1", "train.max_steps=1", "previews.prompts=[]")
+    new = metrics(train(recipe, *one, f"output.dir={recipe.parent}/new", by="train_grpo"))
+    goes_on = metrics(train(recipe, *one, f"output.dir={recipe.parent}/on", f"adapter.start_from={whole}", by="train_grpo"))
+    assert abs(new[0]["kl"]) < 1e-6 > abs(goes_on[0]["kl"])
+    assert goes_on[0]["reward"] > new[0]["reward"]
+    said = capsys.readouterr().out
+    assert f"runs {recipe.parent / 'own.py'}" in said
+    assert "the same as another; 4 answers" not in said, "some are too long as well"
+    assert "too long; 4 answers to each of 4 in a step" in said
+
+
+# --- interrupted
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_killed_run_ends_as_the_whole_one(recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Checkpoints at steps 2 and 4: what stands after them is done again, to the same bits."""
+    run, add_metrics = recipe.parent / f"killed{step}", Run.add_metrics
+
+    def killed(self: Run, **values: Any) -> None:
+        add_metrics(self, **values)
+        if values["step"] == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "add_metrics", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, f"output.dir={run}", by="train_grpo")
+    train(recipe, f"output.dir={run}", by="train_grpo")
+    assert_same(run, whole)
+    assert all_samples(run) == all_samples(whole)
+    assert (run / "samples.md").read_text() == (whole / "samples.md").read_text()
+
+
+@pytest.mark.parametrize("tokens", [2, 30, 53])
+def test_a_request_to_stop_ends_the_sampling_and_the_step_is_done_later(
+    recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """Asked at a token of a preview, of step 2, and of step 4: the run ends before the step, and goes on as if nothing had been."""
+    run, asked, seen = recipe.parent / f"asked{tokens}", generation._Asked.__call__, []
+
+    def ask(self: generation._Asked, *args: object, **kwargs: object) -> object:
+        seen.append(1)
+        if len(seen) == tokens:
+            (run / REQUEST).touch()
+        return asked(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation._Asked, "__call__", ask)
+        train(recipe, f"output.dir={run}", by="train_grpo")
+    assert len(seen) == tokens, "it generated on"
+    status = read_json(run / "status.json")
+    assert (status["state"], status["step"], status["reason"]) == ("stopped", {2: 0, 30: 1, 53: 3}[tokens], "on a request to stop")
+    assert len(metrics(run) if status["step"] else []) == status["step"]
+    assert not (run / REQUEST).exists()
+    train(recipe, f"output.dir={run}", by="train_grpo")
+    assert_same(run, whole)
+    assert all_samples(run) == all_samples(whole)
+
+
+def test_a_finished_run_says_so_and_another_reward_is_another_run(recipe: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(whole, ".lock")
+    train(recipe, f"output.dir={whole}", by="train_grpo")
+    assert "is finished: 5 steps" in capsys.readouterr().out
+    own = recipe.parent / "own.py"
+    try:
+        own.write_text(LETTERS.replace("'e'", "'a'"))
+        with pytest.raises(ValueError, match=r"grpo.rewards.0.path \(function, and hash of its file\)"):
+            train(recipe, f"output.dir={whole}", by="train_grpo")
+    finally:
+        own.write_text(LETTERS)
+    with pytest.raises(ValueError, match=r"grpo.beta: was 0.04, is now 0.1"):
+        train(recipe, f"output.dir={whole}", "grpo.beta=0.1", by="train_grpo")
+    assert snapshot(whole, ".lock") == before
+
+
+# --- cut otherwise
+
+
+def test_the_curve_does_not_depend_on_the_micro_batch(recipe: Path, whole: Path) -> None:
+    run = train(recipe, f"output.dir={recipe.parent}/cut", "train.micro_batch=3", by="train_grpo")
+    assert_near(run, whole)
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_ones(recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, known, sizes = recipe.parent / "short", script("train_grpo").grpo.summed_loss, []
+
+    def short(now: torch.Tensor, *rest: Any) -> Any:
+        sizes.append(len(rest[3]))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return known(now, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script("train_grpo").grpo, "summed_loss", short)
+        train(recipe, f"output.dir={run}", by="train_grpo")
+    assert sizes[:3] == [16, 8, 4]
+    assert max(sizes[3:]) == 4
+    assert [r["rows"] for r in lines(run / "metrics.jsonl") if r.get("event") == "out of memory"] == [8, 4]
+    assert_near(run, whole)
+
+
+def assert_near(run: Path, other: Path) -> None:
+    """The same samples, and the same curve but for rounding."""
+    assert [[a["text"] for a in r["answers"]] for r in all_samples(run)] == [[a["text"] for a in r["answers"]] for r in all_samples(other)]
+    for a, b in zip(curve(run), curve(other), strict=True):
+        assert a.keys() == b.keys()
+        assert [a[key] for key in a] == pytest.approx([b[key] for key in a], rel=1e-3, abs=1e-5)
+    ours, theirs = (load_file(one / FINAL) for one in (run, other))
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-3
+
+
+def test_two_processes_sample_and_learn_what_one_does(recipe: Path, whole: Path) -> None:
+    """The last step has prompts for one of them alone: 4 + 4 + 4 + 4 + 1 of 17."""
+    run, count = recipe.parent / "two", len(read_prompts(Rows(Path(load(recipe).data.prepared) / "train.arrow"), 244))
+    epochs = f"train.epochs={17 / count}"
+    one = train(recipe, f"output.dir={recipe.parent}/one", epochs, by="train_grpo")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "scripts/train_grpo.py"), str(recipe), f"output.dir={run}", epochs]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run / "run.json").read_text())["processes"] == 2
+    assert state_of(run) == state_of(one) == ("finished", 5)
+    assert column(metrics(one), "advantage_std")[-1] > 0
+    assert_near(run, one)
+    assert len(metrics(whole)) == STEPS
+
+
+# --- refused
+
+
+@pytest.mark.parametrize("engine", [compatibility.ZERO2, compatibility.ZERO3, compatibility.FSDP2])
+def test_engines_that_share_weights_out_are_refused(recipe: Path, engine: str) -> None:
+    found = compatibility.refusals(load(recipe), engine)
+    assert any(f"grpo does not work under {engine}" in line and "accelerate_configs/ddp.yaml" in line for line in found)
+    assert compatibility.refusals(load(recipe), compatibility.DDP) == []
+
+
+def test_a_recipe_without_rewards_is_for_the_other_script(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ValueError, match=r"no section grpo.*use scripts/train.py"):
+        train(make_recipe(), by="train_grpo")
+
+
+def test_a_reward_that_fails_ends_the_run_with_its_name(recipe: Path) -> None:
+    own = recipe.parent / "bad.py"
+    own.write_text("def bad(answer):\n    return 2\n")
+    run = recipe.parent / "bad"
+    with pytest.raises(ValueError, match="reward bad gave 2, not a number from 0 to 1"):
+        train(recipe, f"output.dir={run}", f"grpo.rewards=[{{path: '{own}:bad'}}]", by="train_grpo")
+    assert read_json(run / "status.json")["state"] == "failed"
