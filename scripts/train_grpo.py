@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Make answers likelier that are better than others to the same prompt (GRPO): the loop, in the order things happen.
 
-    python scripts/prepare_data.py recipes/tiny_grpo.yaml
-    accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_grpo.py recipes/tiny_grpo.yaml
+    python scripts/prepare_data.py recipes/quickstart_grpo.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train_grpo.py recipes/quickstart_grpo.yaml
 
 A step samples a group of answers to each of its prompts, judges them by the recipe's rewards, and learns from the differences within
 the groups. One process, or several under accelerate_configs/ddp.yaml. The same command again goes on where the run stopped. It writes
