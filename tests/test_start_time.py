@@ -64,6 +64,7 @@ MISTAKES = {
 }
 TAKES_RECIPE = {
     "train.py": (),
+    "train_grpo.py": (),
     "prepare_data.py": (),
     "make_tiny_phi.py": ("folder",),
     "quantize_base.py": ("folder",),

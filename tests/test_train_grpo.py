@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
 from conftest import ROOT, MakeRecipe, write_recipe
@@ -18,6 +20,7 @@ from same_run import FINAL, assert_same, curve, snapshot, state_of
 
 from qlora_suite import compatibility, generation, run_facts, samples
 from qlora_suite.chat import Renderer
+from qlora_suite.checkpoint import State
 from qlora_suite.dataset import Rows, load_manifest
 from qlora_suite.files import read_json
 from qlora_suite.preemption import REQUEST
@@ -232,17 +235,18 @@ def test_the_reference_is_the_adapter_that_it_starts_from(recipe: Path, whole: P
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_a_killed_run_ends_as_the_whole_one(recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Checkpoints at steps 2 and 4: what stands after them is done again, to the same bits."""
-    run, add_metrics = recipe.parent / f"killed{step}", Run.add_metrics
+    run, signs = recipe.parent / f"killed{step}", Run.signs
 
-    def killed(self: Run, **values: Any) -> None:
-        add_metrics(self, **values)
-        if values["step"] == step:
+    def killed(self: Run, state: State, *args: Any) -> Any:
+        if state.step == step:  # the step is learnt and written down, and not saved
             raise KeyboardInterrupt
+        return signs(self, state, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "add_metrics", killed)
+        patch.setattr(Run, "signs", killed)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, f"output.dir={run}", by="train_grpo")
+    assert column(all_samples(run), "step")[-1] == step
     train(recipe, f"output.dir={run}", by="train_grpo")
     assert_same(run, whole)
     assert all_samples(run) == all_samples(whole)
@@ -270,6 +274,22 @@ def test_a_request_to_stop_ends_the_sampling_and_the_step_is_done_later(
     assert (status["state"], status["step"], status["reason"]) == ("stopped", {2: 0, 30: 1, 53: 3}[tokens], "on a request to stop")
     assert len(metrics(run) if status["step"] else []) == status["step"]
     assert not (run / REQUEST).exists()
+    train(recipe, f"output.dir={run}", by="train_grpo")
+    assert_same(run, whole)
+    assert all_samples(run) == all_samples(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_a_checkpoint(recipe: Path, whole: Path, tmp_path: Path, number: signal.Signals) -> None:
+    run = recipe.parent / number.name
+    process = processes.start("train_grpo.py", recipe, f"output.dir={run}", log=tmp_path / "log")
+    process.wait_for(lambda: processes.has_step(run, 1))
+    process.send(number)
+    assert process.wait() == 0, process.output
+    state, step = state_of(run)
+    assert state == "stopped"
+    assert 1 <= step < STEPS
+    assert "Traceback" not in process.output
     train(recipe, f"output.dir={run}", by="train_grpo")
     assert_same(run, whole)
     assert all_samples(run) == all_samples(whole)
