@@ -104,14 +104,17 @@ def test_three_are_compared_and_what_became_of_the_start_is_said(report: dict[st
     assert "start_nats" in report["conversations"][0]
 
 
-def test_the_start_scores_as_it_did_in_its_own_run(report: dict[str, Any], first: Path, recipe: Path) -> None:
+def test_the_start_scores_and_answers_as_an_adapter_of_its_own(report: dict[str, Any], first: Path, recipe: Path) -> None:
     """The same answers through scripts/evaluate.py --adapter."""
-    alone = evaluate(recipe, adapter=str(first / "final"), num_answers=0)
+    alone = evaluate(recipe, adapter=str(first / "final"))
     for name in ("bits_per_byte", "num_tokens", "end_nll"):
         assert alone["adapter"][name] == pytest.approx(report["start"][name], rel=1e-6)
     assert alone["preferences"]["rewards"] is None, "nobody knows where it began"
     ours, theirs = report["preferences"]["columns"]["start"], alone["preferences"]["columns"]["adapter"]
     assert (ours["prefers_chosen"], ours["format"]) == (theirs["prefers_chosen"], theirs["format"])
+    answers = {name: column["answers"] for name, column in report["answers"]["columns"].items()}
+    assert answers["start"] == alone["answers"]["columns"]["adapter"]["answers"]
+    assert answers["start"] != answers["adapter"]
 
 
 def log_probs(model: torch.nn.Module, rendered: Any) -> float:
