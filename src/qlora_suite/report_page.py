@@ -204,7 +204,7 @@ def preferences(report: Mapping[str, Any]) -> dict[str, Any] | None:
         margins = [row["margin"] for row in p["rows"]]
         label = "pairs by their margin"
         shown["margins"] = charts.histogram(margins, label, "margin: reward of the chosen − of the rejected answer", more_is_better=True)
-        rows = [Interval("reward accuracy", 100 * p["rewards"]["accuracy"], colour=_colour(p["rewards"]["verdict"]))]
+        rows = [Interval("", 100 * p["rewards"]["accuracy"], colour=_colour(p["rewards"]["verdict"]))]
         if edges := p["rewards"]["interval_95"]:
             rows = [replace(rows[0], low=100 * edges[0], high=100 * edges[1])]
         shown["accuracy"] = charts.intervals(rows, "reward accuracy and its 95 % interval, against chance", "% of the pairs", mark=50.0)
