@@ -9,6 +9,8 @@
     python scripts/evaluate.py --compare runs/a runs/b runs/c           evaluated runs side by side
 
 The third and fourth take an adapter or a full model that was trained elsewhere; --format says in which chat format (else: the recipe's).
+A run that began with another adapter (adapter.start_from) is compared with that one too: perplexity and answers before and after. Of
+data of pairs, the report says how often the chosen answer is found likelier, and the reward accuracy against the start, with an interval.
 Under `accelerate launch`, with any config, the processes share out the answers, each with a whole model; the report is the same.
 Reports go to the run's folder or the recipe's output.dir: report.html, report.md and report.json for a run, report-base for the base
 alone, report-NAME for an adapter or a model. report.html is one page for the browser that needs no network: curves, conversations,
@@ -27,6 +29,8 @@ from qlora_suite.recipe import Chat, Model
 
 NUM_ANSWERS = 6
 """Held-out questions that are answered for reading."""
+NUM_ANSWERS_OF_GRPO = 24
+"""Of a run that was rewarded for its answers: what can be counted of them is its result."""
 ANSWER_TOKENS = 160
 """Room for 100 words of English."""
 
@@ -61,7 +65,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--adapter", metavar="PATH", help="a PEFT adapter (folder or hub id[@revision]) to put on the recipe's base")
     made.add_argument("--model", metavar="PATH", help="a full model (folder or hub id) to compare with the recipe's base")
     made.add_argument("--format", choices=Chat.model_fields["format"].annotation.__args__, help="chat format of --adapter or --model")
-    made.add_argument("--answers", type=int, metavar="N", help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS})")
+    made.add_argument(
+        "--answers",
+        type=int,
+        metavar="N",
+        help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS}; {NUM_ANSWERS_OF_GRPO} of a run of GRPO)",
+    )
     made.add_argument("--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})")
     made.add_argument("--lm-eval", metavar="TASK,TASK", help="benchmarks of the lm-evaluation-harness, for base and adapter")
     made.add_argument("--lm-eval-tasks-folder", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
@@ -75,6 +84,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     args = read_arguments(parser(), check)
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -106,14 +116,15 @@ from qlora_suite.files import hash_of, read_json, sha256, write_json, write_text
 from qlora_suite.harness import Benchmarks, harness_scores
 from qlora_suite.incidents import incidents
 from qlora_suite.model import base_fingerprint, hub_commit, load_base, load_config, versions
+from qlora_suite.preferences import HeldOutPairs, compare_pairs, of_pairs, pairs_that_fit
 from qlora_suite.preparation import tokenizer_hash
 from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
-from qlora_suite.report import benchmark_lines, cut_line, headline, left_out_lines, markdown, result_table
+from qlora_suite.report import benchmark_lines, cut_line, headline, left_out_lines, markdown, preference_lines, result_table
 from qlora_suite.report_page import journals_of, report_page
 from qlora_suite.run_facts import hardware
-from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, read_answers
-from qlora_suite.subject import Column, Subject, columns_of, renderers_of, subject_of
+from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, concise_words, read_answers
+from qlora_suite.subject import START_LABEL, Column, Subject, columns_of, renderers_of, subject_of
 from qlora_suite.tracking import console, say
 from qlora_suite.watchdog import exit_at_once_on_errors
 
@@ -129,8 +140,8 @@ def run(
     model: str | None = None,
     chat: str | None = None,
     *,
-    num_answers: int = NUM_ANSWERS,
-    answer_tokens: int = ANSWER_TOKENS,
+    num_answers: int | None = None,
+    answer_tokens: int | None = None,
     benchmarks: Benchmarks | None = None,
 ) -> None:
     accelerator, dtype = start_engine()
@@ -153,8 +164,13 @@ def run(
         ours, of_base = renderers_of(subject, manifest)
         if any(turn.role == "tool" for c in everything for turn in c.turns):  # only the base's own template has a place for tools
             of_base = {subject.format: of_base[subject.format]}
-        found, cut = what_fits(everything, [ours, *of_base.values()], recipe.data.max_length)
+        found, cut, held_out = what_fits(everything, [ours, *of_base.values()], recipe.data.max_length)
         columns = columns_of(subject, dtype, ours, of_base)
+        start = next((column.adapter for column in columns if column.name == "start" and not column.missing), None)
+    if num_answers is None:
+        num_answers = NUM_ANSWERS_OF_GRPO if getattr(recipe, "grpo", None) else NUM_ANSWERS
+    if answer_tokens is None:  # 1.6 a word of English, where a recipe wants more words than most
+        answer_tokens = max(ANSWER_TOKENS, min(math.ceil(1.6 * concise_words(recipe)), recipe.data.max_length // 2))
 
     scores: Scores = {}
     left_out = []
@@ -168,12 +184,20 @@ def run(
     with together(accelerator):
         if not scores:
             raise ValueError(f"there is nothing to report: {'; '.join(left['why'] for left in left_out)}")
-    answers = side_by_side(subject, ours, everything, accelerator, dtype, num_answers, answer_tokens) if num_answers else None
+    answers = side_by_side(subject, start, ours, everything, accelerator, dtype, num_answers, answer_tokens) if num_answers else None
     with together(accelerator):
         if accelerator.is_main_process:
-            journals = journals_of(subject)
+            journals, labels, samples = journals_of(subject), {c.name: c.label for c in columns}, recipe.evaluation.bootstrap_samples
+            preferences = None
+            if held_out:
+                began = next((c.name for c in columns if c.name == "start"), None) or reference_without_start(subject)
+                preferences = compare_pairs(held_out, scores, labels, subject.format, began, recipe.dpo, samples)
+                found = found[: held_out.num_chosen]
+                scores = {name: {c: of_all[: held_out.num_chosen] for c, of_all in cells.items()} for name, cells in scores.items()}
             report = {
-                **compare(scores, {c.name: c.label for c in columns}, subject.format, recipe.evaluation.bootstrap_samples),
+                **compare(scores, labels, subject.format, samples),
+                "tuning": tuning_of(subject),
+                "preferences": preferences,
                 "left_out": left_out,
                 **describe_data(recipe, manifest, found, cut),
                 "chosen_by": subject.chosen_by,
@@ -200,6 +224,7 @@ def write_and_show(report: dict[str, Any], page: str, subject: Subject) -> None:
     console.print(result_table(report))
     for line in (
         headline(report),
+        *preference_lines(report),
         *benchmark_lines(report),
         *left_out_lines(report),
         *([cut_line(report)] if report["cut"]["answers"] else []),
@@ -225,14 +250,35 @@ def compare_runs(folders: list[Path], output: Path | None) -> None:
     say(f"wrote {output / 'compare.md'} and, as a page for the browser, {output / 'compare.html'}")
 
 
-def what_fits(everything: Sequence[Any], renderers: Sequence[Renderer], window: int) -> tuple[list[Excerpt], Cut]:
-    """What all formats can score. Raises ValueError if that is nothing."""
-    if any(renderer.is_plain_text for renderer in renderers):  # plain text is scored in pieces, so that nothing is cut
-        return [Excerpt(conversation) for conversation in everything], Cut()
-    found, cut = excerpts(everything, list(dict.fromkeys(renderers)), window)
+def what_fits(
+    everything: Sequence[Conversation], renderers: Sequence[Renderer], window: int
+) -> tuple[list[Excerpt], Cut, HeldOutPairs | None]:
+    """What all formats can score, of pairs the chosen answers and the rejected ones. Raises ValueError if that is nothing."""
+    held_out = None
+    if of_pairs(everything):
+        held_out = pairs_that_fit(everything, list(dict.fromkeys(renderers)), window)
+        found, cut = held_out.found, held_out.cut
+    elif any(renderer.is_plain_text for renderer in renderers):  # plain text is scored in pieces, so that nothing is cut
+        found, cut = [Excerpt(conversation) for conversation in everything], Cut()
+    else:
+        found, cut = excerpts(everything, list(dict.fromkeys(renderers)), window)
     if not found:
         raise ValueError(f"no answer fits into data.max_length = {window} tokens in every format compared; raise it")
-    return found, cut
+    return found, cut, held_out
+
+
+def reference_without_start(subject: Subject) -> str | None:
+    """The column that DPO of a new adapter began as: the base as it was trained on. None for what was not trained here."""
+    if subject.elsewhere or not subject.adapter:
+        return None
+    return "base_quantised" if subject.recipe.model.quantization != "none" else "base_unquantised"
+
+
+def tuning_of(subject: Subject) -> str | None:
+    """How the run learnt: `dpo`, `grpo` or `sft`; None for what was not trained here."""
+    if subject.report != "report":
+        return None
+    return next((name for name in ("dpo", "grpo") if getattr(subject.recipe, name, None)), "sft")
 
 
 def scores_or_reason(
@@ -285,6 +331,7 @@ def scores_of(
 
 def side_by_side(
     subject: Subject,
+    start: str | None,
     renderer: Renderer,
     everything: Sequence[Conversation],
     accelerator: Accelerator,
@@ -292,7 +339,7 @@ def side_by_side(
     count: int,
     max_new_tokens: int,
 ) -> dict[str, Any] | None:
-    """Answers of base and adapter for reading, as they stand in report.json: made, or read from the files of an earlier call.
+    """Answers of base, adapter and what it was at the start, as they stand in report.json: made, or read from files of an earlier call.
 
     The main process makes them, and the ranks meet between two batches, so that none waits longer than one takes.
     """
@@ -304,8 +351,8 @@ def side_by_side(
             if prompts:
                 asked = {"prompts": [prompt.record() for prompt in prompts], "max_new_tokens": max_new_tokens}
                 asked_in = {"chat": renderer.chat.model_dump(), "tokenizer": tokenizer_hash(renderer.tokenizer)}
-                files = kept_files(subject, "answers", dtype, **asked, **asked_in)
-            work = with_bar(subject, renderer, files, prompts, max_new_tokens, accelerator.device, dtype)
+                files = kept_files(subject, start, "answers", dtype, **asked, **asked_in)
+            work = with_bar(subject, start, renderer, files, prompts, max_new_tokens, accelerator.device, dtype)
     going = True
     while going:
         with together(accelerator):
@@ -314,12 +361,14 @@ def side_by_side(
     release_memory()
     if not files:
         return None
-    columns = {name: {"label": label_of(name, subject), **as_column(read_answers(file))} for name, file in files.items()}
-    return {**asked, "columns": columns}
+    limit = concise_words(subject.recipe)
+    columns = {name: {"label": label_of(name, subject), **as_column(read_answers(file), limit)} for name, file in files.items()}
+    return {**asked, "concise_words": limit, "columns": columns}
 
 
 def with_bar(
     subject: Subject,
+    start: str | None,
     renderer: Renderer,
     files: dict[str, Path],
     prompts: Sequence[Prompt],
@@ -335,13 +384,15 @@ def with_bar(
     with Progress(*columns, console=console, transient=True, disable=not (missing and console.is_terminal)) as bars:
         batches = sum(1 for _ in range(0, len(prompts), BATCH))
         task = bars.add_task("answering, to be read side by side", total=len(missing) * batches * max_new_tokens)
-        yield from answer_all(subject, renderer, files, prompts, max_new_tokens, device, dtype, lambda: bars.advance(task))
+        yield from answer_all(subject, start, renderer, files, prompts, max_new_tokens, device, dtype, lambda: bars.advance(task))
 
 
-def kept_files(subject: Subject, kind: str, dtype: torch.dtype, **made_from: Any) -> dict[str, Path]:
-    """Of base and adapter, whichever there are: where what was made with them is kept, under names that hold what it was made from."""
+def kept_files(subject: Subject, start: str | None, kind: str, dtype: torch.dtype, **made_from: Any) -> dict[str, Path]:
+    """Of base, start and adapter, whichever there are: where what was made with them is kept, named by what it was made from."""
     model = Model(base=subject.model, quantization="none") if subject.model else subject.recipe.model
     adapters: dict[str, str | None] = {} if subject.model else {"base": None}
+    if start:
+        adapters["start"] = start
     if subject.model or subject.adapter:
         adapters["adapter"] = subject.adapter
     files = {}
@@ -359,7 +410,9 @@ def kept_files(subject: Subject, kind: str, dtype: torch.dtype, **made_from: Any
 
 
 def label_of(name: str, subject: Subject) -> str:
-    """Of `base` and `adapter`, as they answer and take benchmarks: both on the base as it was trained on."""
+    """Of `base`, `start` and `adapter`, as they answer and take benchmarks: all on the base as it was trained on."""
+    if name == "start":
+        return START_LABEL
     if name == "base":
         return f"base, {subject.recipe.model.quantization}" if subject.recipe.model.quantization != "none" else "base"
     return "model" if subject.model else "adapter"
@@ -367,7 +420,7 @@ def label_of(name: str, subject: Subject) -> str:
 
 def benchmarked(subject: Subject, wanted: Benchmarks, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Scores of base and adapter on the harness's tasks, as they stand in report.json."""
-    files = kept_files(subject, "lm-eval", dtype, wanted=wanted.record())
+    files = kept_files(subject, None, "lm-eval", dtype, wanted=wanted.record())
     if missing := {name: file for name, file in files.items() if not file.is_file()}:
         assistant = load_assistant(subject, device, dtype)
         for name, file in missing.items():
@@ -446,10 +499,10 @@ def main(args: argparse.Namespace) -> None:
     if args.compare:
         compare_runs(args.compare, args.output)
         return
-    count, longest = (NUM_ANSWERS if args.answers is None else args.answers), args.answer_tokens or ANSWER_TOKENS
     tasks = tuple(filter(None, (args.lm_eval or "").split(",")))
     wanted = Benchmarks(tasks, args.lm_eval_tasks_folder, args.lm_eval_limit) if tasks else None
-    run(args.target, args.overrides, args.adapter, args.model, args.format, num_answers=count, answer_tokens=longest, benchmarks=wanted)
+    asked = {"num_answers": args.answers, "answer_tokens": args.answer_tokens}
+    run(args.target, args.overrides, args.adapter, args.model, args.format, **asked, benchmarks=wanted)
 
 
 if __name__ == "__main__":

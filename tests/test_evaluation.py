@@ -248,7 +248,7 @@ class Ranks:
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         self.values = values
-        return [values[0], max(values[1], 1.0)]
+        return [max(values[0], 1.0), values[1]]
 
 
 class FakeRows(list):
@@ -261,15 +261,15 @@ def test_development_loss_takes_every_rank_through_the_model_equally_often(model
     hook = model.register_forward_pre_hook(lambda module, _: calls.append(module.training))
     model.train()
     first, second = Ranks(model, 0, 2), Ranks(model, 1, 2)
-    assert dev_loss(first, rows, 0, EVERYTHING, None) > 0
+    assert dev_loss(first, rows, 0, EVERYTHING, None)[0] > 0
     assert calls == [False]
-    assert dev_loss(second, rows, 0, EVERYTHING, None) == 0  # an engine that gathers its weights in a forward pass waits for this one
+    assert dev_loss(second, rows, 0, EVERYTHING, None) == [0]  # an engine that gathers its weights in a forward pass waits for this one
     assert calls == [False, False]
     hook.remove()
-    assert (first.values[1], second.values[1]) == (11, 0)
+    assert (first.values[0], second.values[0]) == (11, 0)
     assert model.training
     with torch.no_grad():
-        assert first.values[0] == summed_loss(model.eval(), collate(rows, 0)).double().item()
+        assert first.values[1] == summed_loss(model.eval(), collate(rows, 0)).double().item()
 
 
 def test_development_loss_is_cut_short_by_a_request_to_stop(model: PreTrainedModel) -> None:

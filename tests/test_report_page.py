@@ -263,7 +263,9 @@ def test_memory_that_is_short_means_fewer_prompts_at_once(run: Path, monkeypatch
 
     monkeypatch.setattr(sample_answers, "answer", short)
     file = tmp_path / "answers.json"
-    for _ in sample_answers.answer_all(subject, renderer_of(subject), {"adapter": file}, prompts, 4, torch.device("cpu"), torch.float32):
+    for _ in sample_answers.answer_all(
+        subject, None, renderer_of(subject), {"adapter": file}, prompts, 4, torch.device("cpu"), torch.float32
+    ):
         assert not file.is_file()
     assert sizes == [5, 2, 2, 1]
     assert [one.prompt for one in sample_answers.read_answers(file)] == [prompt.text for prompt in prompts]
@@ -274,7 +276,7 @@ def test_an_answer_is_concise_only_if_it_has_ended() -> None:
         return Answer("?", "word " * words, words, stopped, 0.25)
 
     found = measures([made(100, True), made(101, True), made(5, False), made(3, True)])
-    assert found == {"stopped": 0.75, "concise": 0.5, "median_words": 52.5, "repetition": 0.25}
+    assert found == {"stopped": 0.75, "concise": 0.5, "mean_words": 52.25, "median_words": 52.5, "repetition": 0.25}
 
 
 # --- charts

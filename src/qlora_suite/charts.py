@@ -95,15 +95,15 @@ def lines(series: Sequence[Series], label: str, percent: bool = False, from_zero
         return _svg(figure, label)
 
 
-def histogram(values: Sequence[float], label: str, unit: str) -> Markup:
-    """How many differences of which size: below zero, where less is better, in one colour, above in another."""
+def histogram(values: Sequence[float], label: str, unit: str, more_is_better: bool = False) -> Markup:
+    """How many differences of which size: those below zero, where less is better, in one colour, those above in another."""
     with mpl.rc_context(SETTINGS):
         figure, axes = _figure(HEIGHT)
         # a few conversations of three words differ by much; the last bar of either side holds what lies beyond
         reach = max(1e-9, float(np.percentile(np.abs(values), 97)))
         edges = np.linspace(-reach, reach, 41)
         counts, _ = np.histogram(np.clip(values, -reach, reach), edges)
-        colours = [COLOURS["good" if (a + b) / 2 < 0 else "bad"] for a, b in pairwise(edges)]
+        colours = [COLOURS["good" if ((a + b) / 2 < 0) != more_is_better else "bad"] for a, b in pairwise(edges)]
         axes.bar((edges[1:] + edges[:-1]) / 2, counts, width=(edges[1] - edges[0]) * 0.86, color=colours)
         axes.axvline(0, color=COLOURS["muted"], linewidth=0.8)
         axes.set_xlabel(unit, loc="right", fontsize=7.5, labelpad=3)

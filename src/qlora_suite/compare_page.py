@@ -8,6 +8,7 @@ from markupsafe import Markup
 from qlora_suite import charts
 from qlora_suite.charts import Interval, Series
 from qlora_suite.compared_runs import ComparedSet, notes, result_rows
+from qlora_suite.loss_unit import loss_unit
 from qlora_suite.report_page import rendered
 
 LINES = ("adapter", "warm", "good", "violet", "bad", "base")
@@ -71,7 +72,10 @@ def _curves(compared: ComparedSet) -> list[dict[str, Any]]:
     if len(compared.entries) > len(LINES):
         return []
     found = []
-    for title, key, points in (("Development loss, nats per token", "dev_loss", True), ("Training loss, nats per token", "loss", False)):
+    unit, *others = dict.fromkeys(loss_unit(run.metrics) for entry in compared.entries for run in entry.runs)
+    if others:  # losses of different kinds in one picture say nothing
+        return []
+    for title, key, points in ((f"Development loss, {unit}", "dev_loss", True), (f"Training loss, {unit}", "loss", False)):
         series = []
         for colour, entry in zip(LINES, compared.entries, strict=False):
             for run in entry.runs:

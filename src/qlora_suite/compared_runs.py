@@ -23,6 +23,7 @@ from qlora_suite.files import check_version, hash_of, read_json
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import load
 from qlora_suite.run_facts import DATA
+from qlora_suite.sample_answers import CONCISE_WORDS
 from qlora_suite.tracking import read_journal
 
 LN2 = math.log(2)
@@ -263,6 +264,8 @@ def _row(entry: Entry, against: Mapping[str, Any] | None) -> dict[str, str]:
     def share(key: str) -> str:
         return f"{statistics.fmean(column[key] for column in asked):.0%}" if asked else ""
 
+    limits = {run.report["answers"].get("concise_words", CONCISE_WORDS) for run in entry.runs if run.report.get("answers")}
+    rewards = [p["rewards"]["accuracy"] for run in entry.runs if (p := run.report.get("preferences")) and p["rewards"]]
     interval = against and against["interval_95"]
     return {
         "run": entry.name,
@@ -274,7 +277,8 @@ def _row(entry: Entry, against: Mapping[str, Any] | None) -> dict[str, str]:
         else "",
         "perplexity": f"{statistics.fmean(run.report['adapter']['perplexity'] for run in entry.runs):.2f}",
         "answers ended": share("stopped"),
-        "ended within 100 words": share("concise"),
+        "ended within the limit": f"{share('concise')} ({', '.join(map(str, sorted(limits)))} words)" if limits else "",
+        "reward accuracy": f"{statistics.fmean(rewards):.1%}" if rewards else "",
         "tokens per second": _rate(entry),
         "trained parameters": f"{entry.runs[0].run['parameters']['trainable']:,}",
     }

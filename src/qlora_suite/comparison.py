@@ -16,11 +16,11 @@ Scores = dict[str, dict[str, list[AnswerScore]]]
 
 
 def compare(scores: Scores, labels: dict[str, str], trained: str, samples: int) -> dict[str, Any]:
-    """Sums to means, the base's best score, the paired difference, slices and every conversation."""
+    """Sums to means, the base's best score, the paired differences (to it, and to the start), slices and every conversation."""
     formats = {name: {column: summary(found) for column, found in cells.items()} for name, cells in scores.items()}
-    ours = scores.get(trained, {}).get("adapter")
+    ours, start = (scores.get(trained, {}).get(column) for column in ("adapter", "start"))
     candidates = [
-        (s["bits_per_byte"], name, column) for name, cells in formats.items() for column, s in cells.items() if column != "adapter"
+        (s["bits_per_byte"], name, column) for name, cells in formats.items() for column, s in cells.items() if column.startswith("base")
     ]
     base = difference = theirs = None
     if candidates:
@@ -33,10 +33,12 @@ def compare(scores: Scores, labels: dict[str, str], trained: str, samples: int) 
         "base": base,
         "adapter": {"format": trained, **formats[trained]["adapter"]} if ours else None,
         "difference": difference,
+        "start": {"format": trained, **formats[trained]["start"]} if start else None,
+        "difference_from_start": paired_interval(start, ours, samples) if start and ours else None,
         "formats": formats,
         "labels": labels,
         "slices": slices(theirs, ours) if ours else [],
-        "conversations": by_conversation(theirs, ours),
+        "conversations": by_conversation(theirs, ours, start),
     }
 
 

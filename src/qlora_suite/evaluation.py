@@ -324,31 +324,43 @@ def paired_interval(base: Sequence[AnswerScore], adapter: Sequence[AnswerScore],
 
 def bootstrapped(trees: Sequence[str], nats: Sequence[float], sizes: Sequence[int], samples: int, seed: int = 0) -> dict[str, Any]:
     """The difference of `paired_interval`, of parts that name their tree, their difference in nats and their bytes."""
-    groups = sorted(set(trees))
-    place = {group: i for i, group in enumerate(groups)}
-    sums = np.zeros((len(groups), 2))  # per tree: nats of the difference, bytes
-    for tree, difference, size in zip(trees, nats, sizes, strict=True):
-        sums[place[tree]] += (difference, size)
-    total = sums.sum(axis=0)
-    low = high = None
-    if len(groups) > 1:
-        draws = np.random.Generator(np.random.Philox(seed)).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), samples)
-        drawn = draws @ sums
-        low, high = map(float, np.percentile(drawn[:, 0] / LN2 / drawn[:, 1], [2.5, 97.5]))
+    bits, interval = over_trees(trees, [difference / LN2 for difference in nats], sizes, samples, seed)
+    groups: dict[str, float] = {}
+    for tree, difference in zip(trees, nats, strict=True):
+        groups[tree] = groups.get(tree, 0.0) + difference
     verdict = None
     if len(groups) >= MIN_TREES:
-        verdict = "better" if high < 0 else "worse" if low > 0 else "not clearly different"
+        verdict = "better" if interval[1] < 0 else "worse" if interval[0] > 0 else "not clearly different"
     return {
-        "bits_per_byte": float(total[0] / LN2 / total[1]),
-        "interval_95": None if low is None else [low, high],
+        "bits_per_byte": bits,
+        "interval_95": interval,
         "verdict": verdict,
         "trees": len(groups),
         "samples": samples,
-        "better_trees": int((sums[:, 0] < 0).sum()),
+        "better_trees": sum(difference < 0 for difference in groups.values()),
     }
 
 
-def by_conversation(base: Sequence[AnswerScore] | None, adapter: Sequence[AnswerScore] | None) -> list[dict[str, Any]]:
+def over_trees(
+    trees: Sequence[str], values: Sequence[float], sizes: Sequence[float], samples: int, seed: int = 0
+) -> tuple[float, list[float] | None]:
+    """Sum of the values over sum of the sizes, and its 95 % percentile interval when whole trees are drawn (None for a single tree)."""
+    groups = sorted(set(trees))
+    place = {group: i for i, group in enumerate(groups)}
+    sums = np.zeros((len(groups), 2))  # per tree
+    for tree, value, size in zip(trees, values, sizes, strict=True):
+        sums[place[tree]] += (value, size)
+    total = sums.sum(axis=0)
+    if len(groups) < 2:
+        return float(total[0] / total[1]), None
+    draws = np.random.Generator(np.random.Philox(seed)).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), samples)
+    drawn = draws @ sums
+    return float(total[0] / total[1]), [float(edge) for edge in np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])]
+
+
+def by_conversation(
+    base: Sequence[AnswerScore] | None, adapter: Sequence[AnswerScore] | None, start: Sequence[AnswerScore] | None = None
+) -> list[dict[str, Any]]:
     """Bytes and nats of each conversation's answers, of whichever models there are: what the interval was made from."""
     rows: list[dict[str, Any]] = []
     last_number = 0
@@ -358,7 +370,7 @@ def by_conversation(base: Sequence[AnswerScore] | None, adapter: Sequence[Answer
         row = rows[-1]
         row["answers"] += 1
         row["bytes"] += answer.bytes
-        for name, scores in (("base_nats", base), ("adapter_nats", adapter)):
+        for name, scores in (("base_nats", base), ("start_nats", start), ("adapter_nats", adapter)):
             if scores:
                 row[name] = row.get(name, 0.0) + scores[i].nats
         last_number = answer.number

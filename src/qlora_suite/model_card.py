@@ -18,10 +18,11 @@ from markupsafe import Markup
 from qlora_suite.base_origin import HUB_ID
 from qlora_suite.files import read_json
 from qlora_suite.hub_folder import MARK, MERGED, Result
+from qlora_suite.loss_unit import loss_unit
 from qlora_suite.model import load_config
 from qlora_suite.prequantized import quantization_of, source_of
 from qlora_suite.recipe import Model, Recipe
-from qlora_suite.report import COLUMNS, headline
+from qlora_suite.report import COLUMNS, headline, preference_lines
 from qlora_suite.serving import Served, commands
 from qlora_suite.subject import renderer_of
 from qlora_suite.tracking import read_journal
@@ -45,7 +46,7 @@ def model_card(result: Result, serve: Sequence[tuple[str, str]]) -> str:
         recipe=recipe,
         run=run,
         report=result.report,
-        headline=headline(result.report) if result.report else "",
+        headline=" ".join([headline(result.report), *preference_lines(result.report)]) if result.report else "",
         scores=score_rows(result.report) if result.report else [],
         labels=_labels(result.report) if result.report else [],
         merging=merging(result),
@@ -110,6 +111,13 @@ def eval_results(result: Result) -> list[EvalResult]:
                 arguments["interval_95_of_the_difference"] = [round(edge, 6) for edge in report["difference"]["interval_95"]]
         value = round(report["adapter"][key], 6)
         found.append(EvalResult(**where, metric_type=key, metric_name=name, metric_value=value, metric_args=arguments))
+    if (preferences := report.get("preferences")) and preferences["rewards"]:
+        rewards = preferences["rewards"]
+        arguments = {"pairs": preferences["pairs"], "against": rewards["start"], "chance": 0.5}
+        if rewards["interval_95"]:
+            arguments["interval_95"] = [round(edge, 6) for edge in rewards["interval_95"]]
+        name, value = "reward accuracy on held-out pairs", round(rewards["accuracy"], 6)
+        found.append(EvalResult(**where, metric_type="reward_accuracy", metric_name=name, metric_value=value, metric_args=arguments))
     return found
 
 
@@ -254,7 +262,15 @@ def training_rows(result: Result) -> list[tuple[str, str]]:
     else:
         rows += [("method", "every weight was trained" + (", from random weights" if recipe.model.random_init else ""))]
     rows += [("trained parameters", f"{run['parameters']['trainable']:,} beside {run['parameters']['base']:,} of the base")]
-    kept = f"{train['kept']:,} conversations in {train['rows']:,} rows; {train['tokens']:,} tokens, {train['supervised']:,} learnt"
+    if recipe.dpo:
+        of = "length-normalised, " if recipe.dpo.length_normalized else ""
+        rows += [("preferences", f"DPO on pairs of a chosen and a rejected answer, {of}beta {recipe.dpo.beta:g}")]
+    if getattr(recipe, "grpo", None):
+        rows += [("preferences", f"GRPO on answers of its own, {recipe.grpo.group_size} to a prompt, beta {recipe.grpo.beta:g}")]
+    if tuned != "none" and tuned.start_from is not None:
+        rows += [("start", "an adapter that was there already, instead of a new one (adapter.start_from of the recipe)")]
+    what = "conversations with two answers each," if recipe.dpo else "conversations"
+    kept = f"{train['kept']:,} {what} in {train['rows']:,} rows; {train['tokens']:,} tokens, {train['supervised']:,} learnt"
     packed = ", packed, each conversation attends to itself" if recipe.data.packing else ""
     rate = f"{optim.name}, rate {optim.learning_rate:g}, {optim.schedule}, {optim.warmup_steps} warm-up steps"
     rows += [
@@ -263,10 +279,11 @@ def training_rows(result: Result) -> list[tuple[str, str]]:
         ("optimiser", f"{rate}, weight decay {optim.weight_decay:g}"),
     ]
     if steps:
-        taken = f"{steps[-1]['step']:,} of {recipe.train.rows_per_step} rows, {steps[-1]['tokens']:,} tokens; seed {recipe.seed}"
+        unit = "pairs" if recipe.dpo else "prompts" if getattr(recipe, "grpo", None) else "rows"
+        taken = f"{steps[-1]['step']:,} of {recipe.train.rows_per_step} {unit}, {steps[-1]['tokens']:,} tokens; seed {recipe.seed}"
         rows += [
             ("steps", taken),
-            ("loss", f"{steps[0]['loss']:.3f} at the first step, {steps[-1]['loss']:.3f} at the last (nats a token)"),
+            ("loss", f"{steps[0]['loss']:.3f} at the first step, {steps[-1]['loss']:.3f} at the last ({loss_unit(records)})"),
         ]
     machine, engine = run["hardware"], run["engine"]
     engine = engine if run["processes"] == 1 else f"{run['processes']} processes ({engine})"

@@ -4,7 +4,12 @@ from typing import Any
 
 from rich.table import Table
 
-COLUMNS = (("base_unquantised", "base"), ("base_quantised", "base, as trained on"), ("adapter", "adapter"))
+COLUMNS = (
+    ("base_unquantised", "base"),
+    ("base_quantised", "base, as trained on"),
+    ("start", "adapter at the start"),
+    ("adapter", "adapter"),
+)
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -22,6 +27,49 @@ def headline(report: dict[str, Any]) -> str:
         f"The adapter needs {model['bits_per_byte']:.4f} bits per byte, the base at its best {base['bits_per_byte']:.4f}: "
         f"{difference['bits_per_byte']:+.4f}{interval}, {verdict}."
     )
+
+
+def preference_lines(report: dict[str, Any]) -> list[str]:
+    """What became of the model that training began with, and of held-out pairs; nothing for a run of neither."""
+    lines = []
+    if d := report.get("difference_from_start"):
+        interval = f" (95 % interval {d['interval_95'][0]:+.4f} to {d['interval_95'][1]:+.4f})" if d["interval_95"] else ""
+        trained = "this training" if report["tuning"] == "sft" else "the preference tuning"
+        verdict = d["verdict"] or f"too few trees ({d['trees']}) for a verdict"
+        lines.append(
+            f"After {trained}: {d['bits_per_byte']:+.4f} bits per byte{interval} against the adapter at the start, which needs "
+            f"{report['start']['bits_per_byte']:.4f}: {verdict}."
+        )
+    if p := report.get("preferences"):
+        if r := p["rewards"]:
+            interval = f" (95 % interval {r['interval_95'][0]:.1%} to {r['interval_95'][1]:.1%})" if r["interval_95"] else ""
+            lines.append(
+                f"Of {p['pairs']:,} held-out pairs the chosen answer's reward is the higher one in {r['accuracy']:.1%}{interval}; "
+                f"chance gives 50 %. The mean margin is {r['margin']:+.4f}."
+            )
+        told = ", ".join(f"{one['label']} {one['prefers_chosen']:.1%}" for one in p["columns"].values())
+        lines.append(f"The chosen answer is the likelier one: {told}.")
+    return lines
+
+
+def preference_facts(report: dict[str, Any]) -> list[str]:
+    """How the pairs were compared, in sentences."""
+    p = report["preferences"]
+    facts = [
+        f"{p['pairs']:,} pairs under {p['trees']} trees; {p['left_out']:,} were left out, because an answer does not fit into "
+        f"{report['window']:,} tokens behind as much of the conversation as the other one.",
+        "A base is asked in the format in which it is at its best, all others in the trained one. Ties count half.",
+    ]
+    if r := p["rewards"]:
+        kind = ", of means over an answer's tokens" if r["length_normalized"] else ""
+        facts += [
+            f"A reward is beta = {r['beta']:g} times by how much likelier an answer has become than it was for the {r['start']}{kind}; the "
+            f"margin of a pair is the chosen answer's less the rejected one's. The intervals are a bootstrap over trees "
+            f"({r['samples']:,} samples).",
+            f"Likelier than at the start, in nats a token: chosen answers {r['log_ratio_chosen']:+.4f}, rejected ones "
+            f"{r['log_ratio_rejected']:+.4f}.",
+        ]
+    return facts
 
 
 def left_out_lines(report: dict[str, Any]) -> list[str]:
@@ -81,6 +129,8 @@ def markdown(report: dict[str, Any]) -> str:
     """report.md."""
     columns = shown_columns(report)
     lines = ["# Evaluation", "", headline(report), ""]
+    for line in preference_lines(report):
+        lines += [line, ""]
     lines += ["| format | " + " | ".join(label for _, label in columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, cells in report["formats"].items():
         lines.append(f"| {name} | " + " | ".join(_cell(cells.get(column)) for column, _ in columns) + " |")
@@ -95,6 +145,8 @@ def markdown(report: dict[str, Any]) -> str:
             difference = f"{row['adapter'] - row['base']:+.4f}" if with_base else "-"
             lines.append(f"| {row['by']} | {row['slice']} | {row['answers']} | {base}{row['adapter']:.4f} | {difference} |")
         lines += ["", "Bits per byte. Small slices say little: the interval above is for all answers together.", ""]
+    if report.get("preferences"):
+        lines += preference_section(report)
     if rows := benchmark_rows(report):
         labels = [column["label"] for column in report["lm_eval"]["columns"].values()]
         lines += [f"## Benchmarks (lm-evaluation-harness {report['lm_eval']['version']})", ""]
@@ -105,9 +157,12 @@ def markdown(report: dict[str, Any]) -> str:
     if report.get("answers"):
         columns = report["answers"]["columns"].values()
         lines += ["## Answers", "", "| | " + " | ".join(column["label"] for column in columns) + " |", "|---|" + "---:|" * len(columns)]
-        for name, key in (("end by themselves", "stopped"), ("end within 100 words", "concise"), ("repetition", "repetition")):
+        within = f"end within {report['answers']['concise_words']} words"
+        for name, key in (("end by themselves", "stopped"), (within, "concise"), ("repetition", "repetition")):
             lines.append(f"| {name} | " + " | ".join(f"{column[key]:.0%}" for column in columns) + " |")
-        lines += ["| words, median | " + " | ".join(f"{column['median_words']:.0f}" for column in columns) + " |", ""]
+        for name, key in (("words, mean", "mean_words"), ("words, median", "median_words")):
+            lines.append(f"| {name} | " + " | ".join(f"{column[key]:.0f}" for column in columns) + " |")
+        lines.append("")
         count, longest = len(report["answers"]["prompts"]), report["answers"]["max_new_tokens"]
         lines += [f"{count} greedy answers of up to {longest} tokens; report.html has them side by side.", ""]
     if report.get("incidents"):
@@ -116,6 +171,20 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append("")
     lines += ["## Made by", "", *(f"- {key}: {value}" for key, value in report["made_by"].items()), ""]
     return "\n".join(lines)
+
+
+def preference_section(report: dict[str, Any]) -> list[str]:
+    """Of report.md."""
+    p = report["preferences"]
+    lines = ["## Held-out pairs", "", "| model | format | prefers the chosen answer | per token |", "|---|---|---:|---:|"]
+    for one in p["columns"].values():
+        lines.append(f"| {one['label']} | {one['format']} | {one['prefers_chosen']:.1%} | {one['prefers_chosen_per_token']:.1%} |")
+    lines.append("")
+    if p["slices"]:
+        lines += ["| the chosen answer is | pairs | reward accuracy | mean margin |", "|---|---:|---:|---:|"]
+        lines += [f"| {row['slice']} | {row['pairs']} | {row['accuracy']:.1%} | {row['margin']:+.4f} |" for row in p["slices"]]
+        lines.append("")
+    return [*lines, *(f"- {line}" for line in preference_facts(report)), ""]
 
 
 def shown_columns(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -133,8 +202,9 @@ def facts(report: dict[str, Any]) -> list[str]:
     """What was measured, in sentences."""
     data = report["data"]
     scored = report["adapter"] or report["base"]
+    chosen = " chosen" if report.get("preferences") else ""
     facts = [
-        f"Data: {data['name']}; {data['answers']:,} answers in {data['conversations']:,} conversations of {data['trees']} trees, "
+        f"Data: {data['name']}; {data['answers']:,}{chosen} answers in {data['conversations']:,} conversations of {data['trees']} trees, "
         f"{scored['num_tokens']:,} tokens, {scored['num_bytes']:,} bytes.",
         f"Each answer is scored once, behind as much of its conversation as fits into {report['window']:,} tokens; {cut_line(report)}.",
     ]
@@ -151,8 +221,10 @@ def facts(report: dict[str, Any]) -> list[str]:
             f"The interval is a paired bootstrap over {d['trees']} trees ({d['samples']:,} samples), for the replies of one tree are not "
             f"independent; the adapter is better on {d['better_trees']} of them."
         )
-    for name in ("base", "adapter"):
-        if report[name] and report[name]["end_tokens"]:
+    if d := report.get("difference_from_start"):
+        facts.append(f"The adapter at the start is compared in the same way; the run's own is better on {d['better_trees']} trees.")
+    for name in ("base", "start", "adapter"):
+        if report.get(name) and report[name]["end_tokens"]:
             facts.append(
                 f"End tokens ({name}), not part of the headline: {report[name]['end_nll']:.3f} nats each, "
                 f"a probability of {report[name]['end_probability']:.1%} in the geometric mean; bits per byte with them "

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,19 @@ from qlora_suite.charts import Interval, Series
 from qlora_suite.conversations import Conversation
 from qlora_suite.files import read_json
 from qlora_suite.funnel import reading_rows, split_rows
+from qlora_suite.loss_unit import loss_unit
 from qlora_suite.recipe_file import to_yaml
-from qlora_suite.report import benchmark_cell, benchmark_rows, facts, headline, left_out_lines, shown_columns
-from qlora_suite.sample_answers import CONCISE_WORDS, words
+from qlora_suite.report import (
+    benchmark_cell,
+    benchmark_rows,
+    facts,
+    headline,
+    left_out_lines,
+    preference_facts,
+    preference_lines,
+    shown_columns,
+)
+from qlora_suite.sample_answers import words
 from qlora_suite.selection import SPLITS
 from qlora_suite.subject import Subject
 from qlora_suite.tracking import read_journal
@@ -40,6 +51,8 @@ QUANTILES = (
     ("90 % are below", 0.9),
     ("highest", 1.0),
 )
+OPEN_PROMPTS = 9
+"""With their answers; where there are more, the others are a click away."""
 MOST_CHARS = 1500
 """Of one turn."""
 MOST_PREVIEWS = 12
@@ -100,6 +113,7 @@ def report_page(
         base_name=subject.recipe.model.base,
         report=report,
         headline=headline(report),
+        sentences=preference_lines(report)[: 1 if report["difference_from_start"] else 0],
         left_out=left_out_lines(report),
         facts=facts(report),
         scale=_scale(report),
@@ -108,6 +122,7 @@ def report_page(
         curves=curves(journals.get("metrics", []), journals.get("previews", [])),
         incidents=report.get("incidents") or [],
         differences=differences(report, conversations),
+        preferences=preferences(report),
         previews=_timeline(journals.get("previews", [])),
         answers=answers(report),
         end_tokens=_end_tokens(report),
@@ -117,7 +132,6 @@ def report_page(
         funnel=split_rows(manifest["counts"], subject.recipe.data.packing),
         capsule=_capsule(report, journals.get("run", {}), manifest),
         recipe=to_yaml(subject.recipe),
-        concise_words=CONCISE_WORDS,
     )
 
 
@@ -125,14 +139,15 @@ def report_page(
 
 
 def _scale(report: Mapping[str, Any]) -> Markup | None:
-    """The difference and its interval, against no difference."""
-    d = report["difference"]
-    if not d or not d["interval_95"]:
-        return None
-    low, high = d["interval_95"]
-    colour = {"better": "good", "worse": "bad"}.get(d["verdict"], "base")
-    row = Interval("", d["bits_per_byte"], low, high, colour=colour)
-    return charts.intervals([row], "the difference and its 95 % interval, against zero", "bits per byte, adapter − base", mark=0.0)
+    """The differences, to the base and to the start, and their intervals, against none."""
+    rows = []
+    for name, d in (("against the base", report["difference"]), ("against the start", report["difference_from_start"])):
+        if d and d["interval_95"]:
+            rows.append(Interval(name, d["bits_per_byte"], *d["interval_95"], colour=_colour(d["verdict"])))
+    if len(rows) == 1:
+        rows = [replace(rows[0], name="" if report["difference"] else rows[0].name)]
+    label = "the difference and its 95 % interval, against zero"
+    return charts.intervals(rows, label, "bits per byte, adapter − other", mark=0.0) if rows else None
 
 
 def _formats(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,30 +163,56 @@ def _formats(report: Mapping[str, Any]) -> dict[str, Any]:
 def _is_compared(report: Mapping[str, Any], name: str, column: str) -> bool:
     sides = [
         report["base"] and (report["base"]["format"], report["base"]["column"]),
+        report["start"] and (report["start"]["format"], "start"),
         report["adapter"] and (report["adapter"]["format"], "adapter"),
     ]
     return (name, column) in sides
 
 
-def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Small numbers under the headline: what, base -> adapter."""
-    base, adapter, tiles = report["base"], report["adapter"], []
+def _tiles(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Small numbers under the headline: what, and its value of base -> start -> adapter."""
+    sides = [report[name] for name in ("base", "start", "adapter")]
+    asked = report.get("answers") or {"columns": {}, "concise_words": 0}
+    answered = [asked["columns"].get(name) for name in ("base", "start", "adapter")]
+    tiles: list[dict[str, Any]] = []
 
-    def add(label: str, of: Any, write: Any) -> None:
-        sides = [write(of(side)) if side and of(side) is not None else "" for side in (base, adapter)]
-        if any(sides):
-            tiles.append({"label": label, "base": sides[0], "adapter": sides[1]})
+    def add(label: str, values: Sequence[Mapping[str, Any] | None], key: str, write: Any) -> None:
+        if found := [write(of_side[key]) for of_side in values if of_side]:
+            tiles.append({"label": label, "values": found})
 
     if d := report["difference"]:
-        tiles.append({"label": "Trees on which the adapter is better", "base": "", "adapter": f"{d['better_trees']} of {d['trees']}"})
-    add("Perplexity per token", lambda s: s["perplexity"], lambda v: f"{v:,.2f}")
-    asked = report.get("answers") or {"columns": {}}
-    of_answers = {id(base): asked["columns"].get("base"), id(adapter): asked["columns"].get("adapter")}
-    count = len(asked.get("prompts", ()))
-    add(f"Of {count} answers, ended by themselves", lambda s: (of_answers[id(s)] or {}).get("stopped"), lambda v: f"{v * count:.0f}")
-    add(f"Of {count}, within {CONCISE_WORDS} words", lambda s: (of_answers[id(s)] or {}).get("concise"), lambda v: f"{v * count:.0f}")
-    add("Repetition in answers", lambda s: (of_answers[id(s)] or {}).get("repetition"), lambda v: f"{v:.0%}")
+        tiles.append({"label": "Trees on which the adapter is better", "values": [f"{d['better_trees']} of {d['trees']}"]})
+    if (p := report["preferences"]) and p["rewards"]:
+        tiles.append({"label": f"Reward accuracy on {p['pairs']:,} held-out pairs", "values": [f"{p['rewards']['accuracy']:.1%}"]})
+    add("Perplexity per token", sides, "perplexity", lambda v: f"{v:,.2f}")
+    count, limit = len(asked.get("prompts", ())), asked["concise_words"]
+    add(f"Of {count} answers, ended by themselves", answered, "stopped", lambda v: f"{v * count:.0f}")
+    add(f"Of {count}, ended within {limit} words", answered, "concise", lambda v: f"{v * count:.0f}")
+    if report["start"]:
+        add("Words of an answer, mean", answered, "mean_words", lambda v: f"{v:.0f}")
+    add("Repetition in answers", answered, "repetition", lambda v: f"{v:.0%}")
     return tiles
+
+
+def preferences(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of held-out pairs: who prefers what, and the picture of the margins."""
+    p = report["preferences"]
+    if not p:
+        return None
+    shown = {"facts": preference_facts(report), "sentence": preference_lines(report)[-2 if p["rewards"] else -1], "margins": None}
+    if p["rewards"]:
+        margins = [row["margin"] for row in p["rows"]]
+        label = "pairs by their margin"
+        shown["margins"] = charts.histogram(margins, label, "margin: reward of the chosen − of the rejected answer", more_is_better=True)
+        rows = [Interval("", 100 * p["rewards"]["accuracy"], colour=_colour(p["rewards"]["verdict"]))]
+        if edges := p["rewards"]["interval_95"]:
+            rows = [replace(rows[0], low=100 * edges[0], high=100 * edges[1])]
+        shown["accuracy"] = charts.intervals(rows, "reward accuracy and its 95 % interval, against chance", "% of the pairs", mark=50.0)
+    return shown
+
+
+def _colour(verdict: str | None) -> str:
+    return {"better": "good", "worse": "bad"}.get(verdict, "base")
 
 
 def curves(metrics: Sequence[Mapping[str, Any]], previews: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -189,10 +230,23 @@ def curves(metrics: Sequence[Mapping[str, Any]], previews: Sequence[Mapping[str,
         rows = [r for r in steps if key in r]
         return Series(key, [r["step"] for r in rows], [r[key] for r in rows], colour, **style)
 
-    dev = [r for r in metrics if "dev_loss" in r]
-    of_dev = Series("dev_loss", [r["step"] for r in dev], [r["dev_loss"] for r in dev], "adapter", points=True)
-    loss = of("loss", "base", faint=True) if dev else of("loss")
-    add("Loss, nats per token", [loss, of_dev], [("base", "training"), ("adapter", "development")])
+    def with_dev(title: str, key: str, **style: Any) -> None:
+        rows = [r for r in metrics if f"dev_{key}" in r]
+        dev = Series(f"dev_{key}", [r["step"] for r in rows], [r[f"dev_{key}"] for r in rows], "adapter", points=True)
+        add(title, [of(key, "base", faint=True) if rows else of(key), dev], [("base", "training"), ("adapter", "development")], **style)
+
+    with_dev(f"Loss, {loss_unit(metrics)}", "loss")
+    if any("accuracy" in r for r in steps):  # DPO
+        with_dev("Reward accuracy: the chosen answer is ahead", "accuracy", percent=True)
+        with_dev("Margin between the rewards", "margin")
+        rewards = [of("reward_chosen", "good"), of("reward_rejected", "bad")]
+        add("Rewards", rewards, [("good", "chosen"), ("bad", "rejected")])
+        with_dev("Both answers, likelier than at the start, nats per token", "log_ratio")
+    if any("kl" in r for r in steps):  # GRPO
+        add("Reward of an answer", [of("reward")])
+        add("Answers that end by themselves", [of("finished")], percent=True)
+        add("Words of an answer", [of("words")], from_zero=True)
+        add("KL divergence from the start, nats per token", [of("kl")])
     add("Learning rate", [of("learning_rate")], from_zero=True)
     add("Gradient norm, before clipping", [of("grad_norm")], from_zero=True)
     add("Tokens per second", [of("tokens_per_second")], from_zero=True)
@@ -256,20 +310,22 @@ def _timeline(previews: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def answers(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Base and adapter side by side, with the table of what can be counted of them."""
+    """Base, start and adapter side by side, with the table of what can be counted of them."""
     asked = report.get("answers")
     if not asked or not asked["prompts"]:
         return None
-    columns = asked["columns"]
+    columns, limit = asked["columns"], asked["concise_words"]
     names = list(columns)
     rows = [{**prompt, "answers": [columns[name]["answers"][i] for name in names]} for i, prompt in enumerate(asked["prompts"])]
     references = [words(prompt["reference"]) for prompt in asked["prompts"] if prompt["reference"]]
-    strips = [(columns[name]["label"], [words(one["text"]) for one in columns[name]["answers"]], name) for name in names]
+    colours = {"start": "violet"}
+    strips = [(columns[n]["label"], [words(one["text"]) for one in columns[n]["answers"]], colours.get(n, n)) for n in names]
     if references:
         strips.append(("people", references, "muted"))
     measured = [
         ("End by themselves", [f"{columns[n]['stopped']:.0%}" for n in names]),
-        (f"End by themselves within {CONCISE_WORDS} words", [f"{columns[n]['concise']:.0%}" for n in names]),
+        (f"End by themselves within {limit} words", [f"{columns[n]['concise']:.0%}" for n in names]),
+        ("Mean length, words", [f"{columns[n]['mean_words']:,.0f}" for n in names]),
         ("Median length, words", [f"{columns[n]['median_words']:,.0f}" for n in names]),
         ("Repetition: 4-token windows that stood there before", [f"{columns[n]['repetition']:.0%}" for n in names]),
     ]
@@ -280,13 +336,15 @@ def answers(report: Mapping[str, Any]) -> dict[str, Any] | None:
         "measured": measured,
         "held_out": sum(prompt["held_out"] for prompt in asked["prompts"]),
         "max_new_tokens": asked["max_new_tokens"],
-        "lengths": charts.strips(strips, f"words of each answer, with a line at {CONCISE_WORDS}", "words", mark=CONCISE_WORDS),
+        "open": OPEN_PROMPTS if len(rows) > OPEN_PROMPTS + 2 else len(rows),
+        "concise_words": limit,
+        "lengths": charts.strips(strips, f"words of each answer, with a line at {limit}", "words", mark=limit),
     }
 
 
 def _end_tokens(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How likely an end token is where a reference answer ends, of the two models that the headline compares."""
-    sides = [(name, report[name]) for name in ("base", "adapter")]
+    """How likely an end token is where a reference answer ends, of the models that the headline compares."""
+    sides = [(name, report[name]) for name in ("base", "start", "adapter")]
     return [
         {"name": n, "log_probability": -s["end_nll"], "probability": s["end_probability"], "count": s["end_tokens"]}
         for n, s in sides

@@ -1,8 +1,8 @@
-"""Answers to read beside the scores: base and adapter, greedy, on held-out first questions and on a few fixed prompts.
+"""Answers to read beside the scores: base, adapter and what it began as, greedy, on held-out first questions and a few fixed prompts.
 
     prompts = chosen_prompts(conversations, renderer, count=6, room=864)
-    for _ in answer_all(subject, renderer, files, prompts, 160, device, dtype): ...     batch by batch, into files
-    measures(read_answers(files["adapter"]))                                  share that ends by itself, words, repetition
+    for _ in answer_all(subject, start, renderer, files, prompts, 160, device, dtype): ...     batch by batch, into files
+    measures(read_answers(files["adapter"]), 100)                             share that ends by itself, words, repetition
 
 The held-out questions are drawn by a hash of their text, so nobody picks the ones that look well.
 """
@@ -10,8 +10,8 @@ The held-out questions are drawn by a hash of their text, so nobody picks the on
 import contextlib
 import hashlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from qlora_suite.engine import autocast
 from qlora_suite.evaluation import release_memory
 from qlora_suite.files import read_json, write_json
 from qlora_suite.generation import Answer, answer
+from qlora_suite.recipe import Recipe
 from qlora_suite.subject import Subject
 
 FIXED = (
@@ -34,6 +35,7 @@ FIXED = (
 )
 """The same for every model, so that reports can be read beside each other. The first is the task of the seed system 004."""
 CONCISE_WORDS = 100
+"""Unless the recipe rewards another number."""
 BATCH = 10
 OPENING_WORDS = 24
 """Of a held-out plain text, as a prompt."""
@@ -91,8 +93,15 @@ def _opening(conversation: Conversation, is_plain_text: bool) -> Prompt | None:
     return Prompt(before, held_out=True, reference=reference) if before and before[-1].role == "user" else None
 
 
+def concise_words(recipe: Recipe) -> int:
+    """How many words make an answer concise: what the run was rewarded for, or the task's 100."""
+    rewards = recipe.grpo.rewards if getattr(recipe, "grpo", None) else ()
+    return min((reward.words for reward in rewards if reward.name == "within_words"), default=CONCISE_WORDS)
+
+
 def answer_all(
     subject: Subject,
+    start: str | None,
     renderer: Renderer,
     files: Mapping[str, Path],
     prompts: Sequence[Prompt],
@@ -101,30 +110,41 @@ def answer_all(
     dtype: torch.dtype,
     on_token: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Write those of the files (`base`, `adapter`) that are not there, and stop after each batch; `on_token` hears of every token.
+    """Write those of the files (`base`, `start`, `adapter`) that are not there, and stop after each batch; `on_token` hears of every token.
 
+    `start` is the adapter of the file of that name, which is answered last: it has to be loaded in the other one's place.
     Half as many prompts at once each time that a GPU's memory is short. Raises OutOfMemoryError if one is too much.
     """
     missing = [name for name, file in files.items() if not file.is_file()]
-    if not missing:
-        return
-    assistant = load(subject, device, dtype)
-    yield
-    for name in missing:
-        answers: list[Answer] = []
-        size = BATCH
-        with assistant.as_base() if name == "base" and assistant.has_adapter else contextlib.nullcontext():
-            while len(answers) < len(prompts):
-                chats = [prompt.turns for prompt in prompts[len(answers) : len(answers) + size]]
-                made = _answers_of(assistant, renderer, chats, max_new_tokens, on_token)
-                if made is None:
-                    if len(chats) == 1:
-                        raise torch.OutOfMemoryError("one prompt at a time is too much")
-                    release_memory()
-                    size = len(chats) // 2
-                answers += made or []
-                yield
-        write_json(files[name], [asdict(one) for one in answers])
+    for adapter, names in ((subject.adapter, [n for n in missing if n != "start"]), (start, [n for n in missing if n == "start"])):
+        if not names:
+            continue
+        assistant = load(replace(subject, adapter=adapter), device, dtype)
+        yield
+        for name in names:
+            with assistant.as_base() if name == "base" and assistant.has_adapter else contextlib.nullcontext():
+                answers = yield from _all_answers(assistant, renderer, prompts, max_new_tokens, on_token)
+            write_json(files[name], [asdict(one) for one in answers])
+        del assistant  # two models may not fit
+        release_memory()
+
+
+def _all_answers(
+    assistant: Assistant, renderer: Renderer, prompts: Sequence[Prompt], max_new_tokens: int, on_token: Callable[[], None]
+) -> Generator[None, None, list[Answer]]:
+    answers: list[Answer] = []
+    size = BATCH
+    while len(answers) < len(prompts):
+        chats = [prompt.turns for prompt in prompts[len(answers) : len(answers) + size]]
+        made = _answers_of(assistant, renderer, chats, max_new_tokens, on_token)
+        if made is None:
+            if len(chats) == 1:
+                raise torch.OutOfMemoryError("one prompt at a time is too much")
+            release_memory()
+            size = len(chats) // 2
+        answers += made or []
+        yield
+    return answers
 
 
 def _answers_of(
@@ -145,20 +165,21 @@ def read_answers(file: Path) -> list[Answer]:
     return [Answer(**values) for values in read_json(file)]
 
 
-def as_column(answers: Sequence[Answer]) -> dict[str, Any]:
+def as_column(answers: Sequence[Answer], limit: int) -> dict[str, Any]:
     """As they stand in report.json: what was counted, and the answers."""
-    return {**measures(answers), "answers": [asdict(one) for one in answers]}
+    return {**measures(answers, limit), "answers": [asdict(one) for one in answers]}
 
 
 def words(text: str) -> int:
     return len(text.split())
 
 
-def measures(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What can be counted of answers without judging them."""
+def measures(answers: Sequence[Answer], limit: int = CONCISE_WORDS) -> dict[str, Any]:
+    """What can be counted of answers without judging them; `concise` is one that ends by itself within so many words."""
     return {
         "stopped": sum(one.stopped for one in answers) / len(answers),
-        "concise": sum(one.stopped and words(one.text) <= CONCISE_WORDS for one in answers) / len(answers),
+        "concise": sum(one.stopped and words(one.text) <= limit for one in answers) / len(answers),
+        "mean_words": statistics.fmean(words(one.text) for one in answers),
         "median_words": statistics.median(words(one.text) for one in answers),
         "repetition": statistics.fmean(one.repetition for one in answers),
     }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qlora_suite import start_from
 from qlora_suite.adapter import adapter_folder
 from qlora_suite.chat import Renderer
 from qlora_suite.checkpoint import complaint_about_checkpoint
@@ -23,12 +24,13 @@ from qlora_suite.prequantized import quantization_of, record_of, source_of
 from qlora_suite.recipe import Chat, Model, Recipe
 from qlora_suite.recipe_file import load
 from qlora_suite.role_markers import ASSISTANT, PROMPTER, RoleMarkers, add_role_markers
-from qlora_suite.run_facts import prepared_tokenizer
+from qlora_suite.run_facts import START, prepared_tokenizer
 from qlora_suite.template_source import IM_END, IM_START, is_chatml
 from qlora_suite.tracking import say
 
 PLAIN_FORMATS = ("human_assistant", "instruct_output")
 """In which a base that has never seen our markers may do better."""
+START_LABEL = "adapter at the start"
 LONGEST_REPORT_NAME = 100
 """In characters: a name that no file system takes would show after the scoring."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -56,7 +58,7 @@ class Column:
     """One model of the comparison."""
 
     name: str
-    """`base_unquantised`, `base_quantised` or `adapter` (also a full model)."""
+    """`base_unquantised`, `base_quantised`, `start` (what the run's training began with) or `adapter` (also a full model)."""
     label: str
     model: Model
     adapter: str | None
@@ -188,6 +190,9 @@ def columns_of(subject: Subject, dtype: torch.dtype, ours: Renderer, of_base: di
         columns.append(Column("base_unquantised", f"base, {short}", unquantised, None, of_base, missing))
         if model.quantization != "none":
             columns.append(Column("base_quantised", f"base, {model.quantization}", model, None, of_base))
+    start, gone = start_of(subject)
+    if start:
+        columns.append(Column("start", START_LABEL, model, start, trained, gone))
     if subject.adapter:
         columns.append(Column("adapter", "adapter", model, subject.adapter, trained))
     if subject.model:
@@ -195,6 +200,23 @@ def columns_of(subject: Subject, dtype: torch.dtype, ours: Renderer, of_base: di
     if not columns:
         raise ValueError("the recipe makes its model from nothing, so there is no base to score; give its run's folder instead")
     return columns
+
+
+def start_of(subject: Subject) -> tuple[str | None, str]:
+    """The adapter that the run's training began with, if it was no new one, and why it cannot be had ("" if it can).
+
+    It must be the very weights that training began with: their hash is in the run's status.json.
+    """
+    tuned = subject.recipe.adapter
+    if subject.elsewhere or subject.adapter is None or tuned == "none" or tuned.start_from is None:
+        return None, ""
+    try:
+        folder, now = str(start_from.folder_of(tuned.start_from)), start_from.fingerprint(tuned.start_from)
+    except (ValueError, OSError) as why:
+        return tuned.start_from, f"what adapter.start_from names is not at hand: {why}"
+    if now != (read_json(subject.folder / "status.json").get("identity") or {}).get(START):
+        return tuned.start_from, f"{tuned.start_from} is another adapter now than the one that training began with"
+    return folder, ""
 
 
 def unquantised_base(model: Model) -> tuple[Model, str]:
