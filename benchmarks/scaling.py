@@ -361,10 +361,9 @@ def bytes_section(counts: dict[str, dict[str, Counted]]) -> list[str]:
         *paragraph(
             "Of the whole tensors that a rank's collectives are about; of an all-reduce 2 (n-1)/n of them cross each link of a ring of n,",
             "of an all-gather or a reduce-scatter (n-1)/n. **Counted:** two processes, CPU and gloo, `assets/tiny_phi` (NF4, rank 16),",
-            "by a mode of torch's dispatcher that sees every collective, in the third step of a run. What the formula does not have: DDP",
-            "sends the model's frozen buffers once a step (2,176 bytes here), ZeRO-2 a flag of 4 bytes. Numbers of 8 bytes that the loop",
-            "adds up over the ranks (loss, norm, requests to stop; at most 4 calls, 56 bytes a step) are in the calls, not in the bytes.",
-            "One process sends nothing.",
+            "by a mode of torch's dispatcher that sees every collective, in the third step of a run. What the formula does not have: a",
+            "flag of 4 bytes of ZeRO-2's. Numbers of 8 bytes that the loop adds up over the ranks (loss, norm, requests to stop; at most 2",
+            "calls, 64 bytes a step) are in the calls, not in the bytes. One process sends nothing.",
         ),
         "",
         *table(
