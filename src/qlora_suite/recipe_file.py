@@ -56,6 +56,13 @@ FOREIGN = {
     "chat_template": "here it is chat.format: model (the base's own template), chatml, or one of the others",
     "train_on_inputs": "here it is chat.loss_on: all",
     "val_set_size": "here it is data.split: by_hash with data.validation_share",
+    "num_generations": "here it is grpo.group_size",
+    "max_completion_length": "here it is grpo.max_new_tokens",
+    "reward_funcs": "here it is grpo.rewards",
+    "num_iterations": "here it is grpo.updates",
+    "pref_beta": "here it is dpo.beta",
+    "dpo_beta": "here it is dpo.beta",
+    "ref_model": "the reference is the adapter that the run starts from: adapter.start_from",
     "dataset_text_field": "here it is data.fields: {text: NAME}",
 }
 """Keys of other suites, and where their meaning lives here."""
