@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,7 @@ def test_three_are_compared_and_what_became_of_the_start_is_said(report: dict[st
     assert "| base, fp32 | adapter at the start | adapter |" in text
     assert list(report["answers"]["columns"]) == ["base", "start", "adapter"]
     assert "| words, mean | " in text
+    assert "Of 5 answers, ended by themselves within 100 words: base " in text
     assert "start_nats" in report["conversations"][0]
 
 
@@ -339,10 +341,10 @@ def test_the_curves_are_those_of_what_was_learnt(run: Path, first: Path) -> None
     of_dpo, of_sft = ([json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, first))
     assert titles(of_dpo)[:5] == [
         "Loss, nats per pair",
-        "Reward accuracy: the chosen answer is ahead",
+        "Reward accuracy",
         "Margin between the rewards",
         "Rewards",
-        "Both answers, likelier than at the start, nats per token",
+        "Log-ratio of both answers, nats per token",
     ]
     assert titles(of_sft)[:2] == ["Loss, nats per token", "Learning rate"]
     step = {"step": 1, "loss": 0.0, "reward": 0.4, "finished": 0.5, "words": 40.0, "kl": 0.01, "learning_rate": 1e-4}
@@ -354,6 +356,9 @@ def test_the_curves_are_those_of_what_was_learnt(run: Path, first: Path) -> None
 def test_the_limit_in_words_is_the_one_that_was_rewarded(recipe: Path) -> None:
     values = load(recipe)
     assert concise_words(values) == CONCISE_WORDS == 100
+    rewards = [SimpleNamespace(name="no_repetition", words=None), SimpleNamespace(name="within_words", words=60)]
+    assert concise_words(SimpleNamespace(grpo=SimpleNamespace(rewards=rewards))) == 60
+    assert concise_words(SimpleNamespace(grpo=SimpleNamespace(rewards=rewards[:1]))) == 100
 
 
 def test_runs_of_pairs_are_put_side_by_side_with_their_reward_accuracy(run: Path, report: dict[str, Any], folder: Path) -> None:

@@ -22,7 +22,7 @@ from qlora_suite.loss_unit import loss_unit
 from qlora_suite.model import load_config
 from qlora_suite.prequantized import quantization_of, source_of
 from qlora_suite.recipe import Model, Recipe
-from qlora_suite.report import COLUMNS, headline, preference_lines
+from qlora_suite.report import COLUMNS, headline, pair_lines, start_lines
 from qlora_suite.serving import Served, commands
 from qlora_suite.subject import renderer_of
 from qlora_suite.tracking import read_journal
@@ -46,7 +46,7 @@ def model_card(result: Result, serve: Sequence[tuple[str, str]]) -> str:
         recipe=recipe,
         run=run,
         report=result.report,
-        headline=" ".join([headline(result.report), *preference_lines(result.report)]) if result.report else "",
+        headline=" ".join([headline(result.report), *start_lines(result.report), *pair_lines(result.report)]) if result.report else "",
         scores=score_rows(result.report) if result.report else [],
         labels=_labels(result.report) if result.report else [],
         merging=merging(result),
