@@ -46,7 +46,7 @@ def model_card(result: Result, serve: Sequence[tuple[str, str]]) -> str:
         recipe=recipe,
         run=run,
         report=result.report,
-        headline=" ".join([headline(result.report), *start_lines(result.report), *pair_lines(result.report)]) if result.report else "",
+        findings=[headline(result.report), *start_lines(result.report), *pair_lines(result.report)] if result.report else [],
         scores=score_rows(result.report) if result.report else [],
         labels=_labels(result.report) if result.report else [],
         merging=merging(result),
@@ -272,6 +272,8 @@ def training_rows(result: Result) -> list[tuple[str, str]]:
     what = "conversations with two answers each," if recipe.dpo else "conversations"
     kept = f"{train['kept']:,} {what} in {train['rows']:,} rows; {train['tokens']:,} tokens, {train['supervised']:,} learnt"
     packed = ", packed, each conversation attends to itself" if recipe.data.packing else ""
+    if getattr(recipe, "grpo", None):
+        kept = f"the prompts of {train['rows']:,} conversations"
     rate = f"{optim.name}, rate {optim.learning_rate:g}, {optim.schedule}, {optim.warmup_steps} warm-up steps"
     rows += [
         ("data", kept),
