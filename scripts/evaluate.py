@@ -120,7 +120,7 @@ from qlora_suite.preferences import HeldOutPairs, compare_pairs, of_pairs, pairs
 from qlora_suite.preparation import tokenizer_hash
 from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
-from qlora_suite.report import benchmark_lines, cut_line, headline, left_out_lines, markdown, preference_lines, result_table
+from qlora_suite.report import benchmark_lines, cut_line, headline, left_out_lines, markdown, pair_lines, result_table, start_lines
 from qlora_suite.report_page import journals_of, report_page
 from qlora_suite.run_facts import hardware
 from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, concise_words, read_answers
@@ -224,7 +224,8 @@ def write_and_show(report: dict[str, Any], page: str, subject: Subject) -> None:
     console.print(result_table(report))
     for line in (
         headline(report),
-        *preference_lines(report),
+        *start_lines(report),
+        *pair_lines(report),
         *benchmark_lines(report),
         *left_out_lines(report),
         *([cut_line(report)] if report["cut"]["answers"] else []),

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ from qlora_suite.compared_runs import comparison_of, result_rows
 from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.evaluation import AnswerScore, Cut, over_trees
 from qlora_suite.files import read_json
+from qlora_suite.model_card import eval_results, training_rows
 from qlora_suite.preferences import LONGER, SHORTER, compare_pairs, pairs_that_fit
 from qlora_suite.recipe import Dpo
 from qlora_suite.recipe_file import load
-from qlora_suite.report_page import curves
+from qlora_suite.report_page import answers, curves
 from qlora_suite.sample_answers import CONCISE_WORDS, concise_words
 from qlora_suite.subject import renderers_of, subject_of
 
@@ -101,6 +103,7 @@ def test_three_are_compared_and_what_became_of_the_start_is_said(report: dict[st
     assert "| base, fp32 | adapter at the start | adapter |" in text
     assert list(report["answers"]["columns"]) == ["base", "start", "adapter"]
     assert "| words, mean | " in text
+    assert "Of 5 answers, ended by themselves within 100 words: base " in text
     assert "start_nats" in report["conversations"][0]
 
 
@@ -112,9 +115,9 @@ def test_the_start_scores_and_answers_as_an_adapter_of_its_own(report: dict[str,
     assert alone["preferences"]["rewards"] is None, "nobody knows where it began"
     ours, theirs = report["preferences"]["columns"]["start"], alone["preferences"]["columns"]["adapter"]
     assert (ours["prefers_chosen"], ours["format"]) == (theirs["prefers_chosen"], theirs["format"])
-    answers = {name: column["answers"] for name, column in report["answers"]["columns"].items()}
-    assert answers["start"] == alone["answers"]["columns"]["adapter"]["answers"]
-    assert answers["start"] != answers["adapter"]
+    made = {name: column["answers"] for name, column in report["answers"]["columns"].items()}
+    assert made["start"] == alone["answers"]["columns"]["adapter"]["answers"]
+    assert made["start"] != made["adapter"]
 
 
 def log_probs(model: torch.nn.Module, rendered: Any) -> float:
@@ -174,9 +177,9 @@ def test_nothing_is_scored_twice_and_what_is_kept_not_again(report: dict[str, An
     again = evaluate(run)
     assert {**again, "made_by": None} == {**report, "made_by": None}
     (kept,) = (run / "evaluation").glob("start-oasst-*.json")
-    answers = read_json(kept)
-    assert len({(a["group"], a["key"]) for a in answers}) == len(answers)
-    assert len(answers) < 2 * (report["preferences"]["pairs"] + report["preferences"]["left_out"])
+    scores = read_json(kept)
+    assert len({(a["group"], a["key"]) for a in scores}) == len(scores)
+    assert len(scores) < 2 * (report["preferences"]["pairs"] + report["preferences"]["left_out"])
 
 
 def test_two_processes_report_what_one_reports(report: dict[str, Any], folder: Path) -> None:
@@ -339,10 +342,10 @@ def test_the_curves_are_those_of_what_was_learnt(run: Path, first: Path) -> None
     of_dpo, of_sft = ([json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, first))
     assert titles(of_dpo)[:5] == [
         "Loss, nats per pair",
-        "Reward accuracy: the chosen answer is ahead",
+        "Reward accuracy",
         "Margin between the rewards",
         "Rewards",
-        "Both answers, likelier than at the start, nats per token",
+        "Log-ratio of both answers, nats per token",
     ]
     assert titles(of_sft)[:2] == ["Loss, nats per token", "Learning rate"]
     step = {"step": 1, "loss": 0.0, "reward": 0.4, "finished": 0.5, "words": 40.0, "kl": 0.01, "learning_rate": 1e-4}
@@ -354,6 +357,9 @@ def test_the_curves_are_those_of_what_was_learnt(run: Path, first: Path) -> None
 def test_the_limit_in_words_is_the_one_that_was_rewarded(recipe: Path) -> None:
     values = load(recipe)
     assert concise_words(values) == CONCISE_WORDS == 100
+    rewards = [SimpleNamespace(name="no_repetition", words=None), SimpleNamespace(name="within_words", words=60)]
+    assert concise_words(SimpleNamespace(grpo=SimpleNamespace(rewards=rewards))) == 60
+    assert concise_words(SimpleNamespace(grpo=SimpleNamespace(rewards=rewards[:1]))) == 100
 
 
 def test_runs_of_pairs_are_put_side_by_side_with_their_reward_accuracy(run: Path, report: dict[str, Any], folder: Path) -> None:
@@ -370,7 +376,30 @@ def test_runs_of_pairs_are_put_side_by_side_with_their_reward_accuracy(run: Path
     assert "nats per token" not in page
 
 
+def test_the_card_says_what_was_learnt_from_and_in_which_unit(run: Path, first: Path, report: dict[str, Any]) -> None:
+    results = [
+        SimpleNamespace(subject=subject_of(r, []), run=read_json(r / "run.json"), report=report, datasets=(), form="adapter")
+        for r in (run, first)
+    ]
+    of_dpo, of_sft = (dict(training_rows(result)) for result in results)
+    assert of_dpo["preferences"] == "DPO on pairs of a chosen and a rejected answer, beta 0.2"
+    assert " of 8 pairs, " in of_dpo["steps"]
+    assert of_dpo["loss"].endswith("(nats per pair)")
+    assert of_sft["loss"].endswith("(nats per token)")
+    assert not {"preferences", "start"} & of_sft.keys()
+    told = {one.metric_type: one for one in eval_results(results[0])}
+    assert told["reward_accuracy"].metric_value == pytest.approx(report["preferences"]["rewards"]["accuracy"], abs=1e-6)
+    assert told["reward_accuracy"].metric_args["against"] == "adapter at the start"
+
+
 # --- the page
+
+
+def test_where_there_are_many_prompts_the_later_ones_are_folded(report: dict[str, Any]) -> None:
+    asked = report["answers"]
+    columns = {name: {**column, "answers": column["answers"] * 3} for name, column in asked["columns"].items()}
+    assert answers({"answers": {**asked, "prompts": asked["prompts"] * 3, "columns": columns}})["open"] == 9
+    assert answers(report)["open"] == 5
 
 
 @pytest.fixture

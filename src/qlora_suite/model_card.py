@@ -22,7 +22,7 @@ from qlora_suite.loss_unit import loss_unit
 from qlora_suite.model import load_config
 from qlora_suite.prequantized import quantization_of, source_of
 from qlora_suite.recipe import Model, Recipe
-from qlora_suite.report import COLUMNS, headline, preference_lines
+from qlora_suite.report import COLUMNS, headline, pair_lines, start_lines
 from qlora_suite.serving import Served, commands
 from qlora_suite.subject import renderer_of
 from qlora_suite.tracking import read_journal
@@ -46,7 +46,7 @@ def model_card(result: Result, serve: Sequence[tuple[str, str]]) -> str:
         recipe=recipe,
         run=run,
         report=result.report,
-        headline=" ".join([headline(result.report), *preference_lines(result.report)]) if result.report else "",
+        findings=[headline(result.report), *start_lines(result.report), *pair_lines(result.report)] if result.report else [],
         scores=score_rows(result.report) if result.report else [],
         labels=_labels(result.report) if result.report else [],
         merging=merging(result),
@@ -272,6 +272,8 @@ def training_rows(result: Result) -> list[tuple[str, str]]:
     what = "conversations with two answers each," if recipe.dpo else "conversations"
     kept = f"{train['kept']:,} {what} in {train['rows']:,} rows; {train['tokens']:,} tokens, {train['supervised']:,} learnt"
     packed = ", packed, each conversation attends to itself" if recipe.data.packing else ""
+    if getattr(recipe, "grpo", None):
+        kept = f"the prompts of {train['rows']:,} conversations"
     rate = f"{optim.name}, rate {optim.learning_rate:g}, {optim.schedule}, {optim.warmup_steps} warm-up steps"
     rows += [
         ("data", kept),

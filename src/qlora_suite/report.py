@@ -29,8 +29,8 @@ def headline(report: dict[str, Any]) -> str:
     )
 
 
-def preference_lines(report: dict[str, Any]) -> list[str]:
-    """What became of the model that training began with, and of held-out pairs; nothing for a run of neither."""
+def start_lines(report: dict[str, Any]) -> list[str]:
+    """What became of the model that training began with: its scores and its answers. Nothing for a run that began with a new adapter."""
     lines = []
     if d := report.get("difference_from_start"):
         interval = f" (95 % interval {d['interval_95'][0]:+.4f} to {d['interval_95'][1]:+.4f})" if d["interval_95"] else ""
@@ -40,6 +40,16 @@ def preference_lines(report: dict[str, Any]) -> list[str]:
             f"After {trained}: {d['bits_per_byte']:+.4f} bits per byte{interval} against the adapter at the start, which needs "
             f"{report['start']['bits_per_byte']:.4f}: {verdict}."
         )
+    if (asked := report.get("answers")) and "start" in asked["columns"]:
+        columns = asked["columns"].values()
+        told = ", ".join(f"{one['label']} {one['concise']:.0%} ({one['mean_words']:.0f} words in the mean)" for one in columns)
+        lines.append(f"Of {len(asked['prompts'])} answers, ended by themselves within {asked['concise_words']} words: {told}.")
+    return lines
+
+
+def pair_lines(report: dict[str, Any]) -> list[str]:
+    """Who prefers the chosen answer of held-out pairs; nothing for a run whose data are no pairs."""
+    lines = []
     if p := report.get("preferences"):
         if r := p["rewards"]:
             interval = f" (95 % interval {r['interval_95'][0]:.1%} to {r['interval_95'][1]:.1%})" if r["interval_95"] else ""
@@ -48,7 +58,8 @@ def preference_lines(report: dict[str, Any]) -> list[str]:
                 f"chance gives 50 %. The mean margin is {r['margin']:+.4f}."
             )
         told = ", ".join(f"{one['label']} {one['prefers_chosen']:.1%}" for one in p["columns"].values())
-        lines.append(f"The chosen answer is the likelier one: {told}.")
+        left_out = f" {p['left_out']:,} more pairs do not fit." if p["left_out"] else ""
+        lines.append(f"The chosen answer is the likelier one: {told}.{left_out}")
     return lines
 
 
@@ -129,7 +140,7 @@ def markdown(report: dict[str, Any]) -> str:
     """report.md."""
     columns = shown_columns(report)
     lines = ["# Evaluation", "", headline(report), ""]
-    for line in preference_lines(report):
+    for line in [*start_lines(report), *pair_lines(report)]:
         lines += [line, ""]
     lines += ["| format | " + " | ".join(label for _, label in columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, cells in report["formats"].items():

@@ -30,9 +30,10 @@ from qlora_suite.report import (
     facts,
     headline,
     left_out_lines,
+    pair_lines,
     preference_facts,
-    preference_lines,
     shown_columns,
+    start_lines,
 )
 from qlora_suite.sample_answers import words
 from qlora_suite.selection import SPLITS
@@ -113,7 +114,7 @@ def report_page(
         base_name=subject.recipe.model.base,
         report=report,
         headline=headline(report),
-        sentences=preference_lines(report)[: 1 if report["difference_from_start"] else 0],
+        sentences=start_lines(report),
         left_out=left_out_lines(report),
         facts=facts(report),
         scale=_scale(report),
@@ -199,7 +200,7 @@ def preferences(report: Mapping[str, Any]) -> dict[str, Any] | None:
     p = report["preferences"]
     if not p:
         return None
-    shown = {"facts": preference_facts(report), "sentence": preference_lines(report)[-2 if p["rewards"] else -1], "margins": None}
+    shown = {"facts": preference_facts(report), "sentence": " ".join(pair_lines(report)), "margins": None}
     if p["rewards"]:
         margins = [row["margin"] for row in p["rows"]]
         label = "pairs by their margin"
@@ -237,11 +238,11 @@ def curves(metrics: Sequence[Mapping[str, Any]], previews: Sequence[Mapping[str,
 
     with_dev(f"Loss, {loss_unit(metrics)}", "loss")
     if any("accuracy" in r for r in steps):  # DPO
-        with_dev("Reward accuracy: the chosen answer is ahead", "accuracy", percent=True)
+        with_dev("Reward accuracy", "accuracy", percent=True)
         with_dev("Margin between the rewards", "margin")
         rewards = [of("reward_chosen", "good"), of("reward_rejected", "bad")]
         add("Rewards", rewards, [("good", "chosen"), ("bad", "rejected")])
-        with_dev("Both answers, likelier than at the start, nats per token", "log_ratio")
+        with_dev("Log-ratio of both answers, nats per token", "log_ratio")
     if any("kl" in r for r in steps):  # GRPO
         add("Reward of an answer", [of("reward")])
         add("Answers that end by themselves", [of("finished")], percent=True)
