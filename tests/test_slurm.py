@@ -271,9 +271,9 @@ def test_a_run_that_fails_fails_the_job(cluster: Cluster, play: Play, what: str,
 
 def test_a_cancelled_job_saves_and_is_not_brought_back(cluster: Cluster, play: Play) -> None:
     job, run = play("go on")
-    wait_until((run / "status.json").exists, 30, "the run does not start", lambda: cluster.log(cluster.job(job)))
+    wait_until((run / "status.json").exists, 120, "the run does not start", lambda: cluster.log(cluster.job(job)))
     cluster.ask("scancel", job)
-    wait_until(lambda: "SLURM ended the job" in (run / "log").read_text(), 30, "no last word", (run / "log").read_text)
+    wait_until(lambda: "SLURM ended the job" in (run / "log").read_text(), 120, "no last word", (run / "log").read_text)
     found = cluster.wait(job, "CANCELLED")
     assert found["Restarts"] == "0"
     assert status(run)["state"] == "stopped"
