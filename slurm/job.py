@@ -126,7 +126,7 @@ def folder_name(overrides: Sequence[str]) -> str:
 
 
 def begin(recipe: Recipe) -> str:
-    """`finished` if nothing is left to do, else `train`; counts the starts from the newest checkpoint.
+    """`finished` if nothing is left to do, else the script that has to do it; counts the starts from the newest checkpoint.
 
     Raises ValueError if it was started MAX_STARTS times from there already.
     """
@@ -145,7 +145,12 @@ def begin(recipe: Recipe) -> str:
         )
     write_json(run / STARTS, {"checkpoint": newest, "starts": starts})
     (run / REQUEST).unlink(missing_ok=True)  # of an earlier start that ended before it could honour it
-    return "train"
+    return script_of(recipe)
+
+
+def script_of(recipe: Recipe) -> str:
+    """The name in scripts/ of what trains it."""
+    return "train" if recipe.grpo is None else "train_grpo"
 
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
