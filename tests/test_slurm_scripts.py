@@ -117,7 +117,7 @@ def test_only_the_same_recipe_finds_the_run_finished(job: ModuleType, make_recip
     assert job.begin(load(path, ["seed=5"])) == "train"  # train.py then says what differs
 
 
-def test_a_recipe_of_grpo_is_trained_by_its_own_script(make_recipe: MakeRecipe) -> None:
+def test_a_recipe_of_grpo_is_trained_by_its_own_script(job: ModuleType, make_recipe: MakeRecipe) -> None:
     rewards = "grpo={rewards: [{name: within_words, words: 30}], max_new_tokens: 16}"
     assert job.begin(load(make_recipe("data.packing=false", rewards))) == "train_grpo"
 
