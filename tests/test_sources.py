@@ -25,7 +25,7 @@ ROWS = [{"text": "one"}, {"text": "two\u2028three"}]
 
 def written(path: Path, content: bytes) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return str(path)
 
 
@@ -296,13 +296,13 @@ WHOLE = b'{"text": "x"}\n' * 99
     ("name", "content", "where"),
     [
         ("plain.jsonl.gz", WHOLE, "line 0"),
-        ("cut.jsonl.gz", gzip.compress(WHOLE)[:-12], "line"),
-        ("flipped.jsonl.gz", gzip.compress(WHOLE)[:12] + b"\xff\xff\xff" + gzip.compress(WHOLE)[15:], "line 0"),
+        ("cut.jsonl.gz", gzip.compress(WHOLE, mtime=0)[:-12], "line"),
+        ("flipped.jsonl.gz", gzip.compress(WHOLE, mtime=0)[:12] + b"\xff\xff\xff" + gzip.compress(WHOLE)[15:], "line 0"),
         ("cut.parquet", b"PAR1 and no more", "row 0"),
         ("cut.json", b'[{"text": "x"},\n{"text": "y"},\n{"te', "line 3"),
         ("open.json", b'[{"text": "x"},\n{"text": "y"}\n', "line 3"),
         ("broken.json", b'[{"text": "x"},\n{"text": "y",,}, {"text": "z"}]', "line 2"),
-        ("cut.json.gz", gzip.compress(b"[" + b",\n".join([b'{"text": "x"}'] * 9999) + b"]")[:-12], "line"),
+        ("cut.json.gz", gzip.compress(b"[" + b",\n".join([b'{"text": "x"}'] * 9999) + b"]", mtime=0)[:-12], "line"),
         ("plain.json.gz", b'[{"text": "x"}]', "line 0"),
     ],
 )
