@@ -1,6 +1,7 @@
 """One arm of benchmarks/throughput.py in a process of its own: `python throughput_arm.py JOB.json`."""
 
 import contextlib
+import functools
 import os
 import sys
 import traceback
@@ -52,9 +53,9 @@ def ours(job: Job, meter: Meter) -> None:
         meter.model_is_ready(net)
         return known[0](accelerator, net, *more)
 
-    def collate(rows: list[dict[str, Any] | None], pad_id: int) -> Any:
+    def collate(rows: list[dict[str, Any] | None], pad_id: int, **more: Any) -> Any:
         meter.fed(one for row in rows if row for one in documents(row))
-        return meter.on_host(known[1], rows, pad_id)
+        return meter.on_host(functools.partial(known[1], **more), rows, pad_id)
 
     def add_metrics(run: Run, **values: Any) -> None:
         nonlocal tokens_so_far

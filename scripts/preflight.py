@@ -98,6 +98,9 @@ def preflight(
         rows, dev = dataset.Rows(folder / "train.arrow"), dataset.Rows(folder / "dev.arrow")
     except ValueError as error:
         findings.append(refused("data", error))
+    if manifest is not None:
+        findings += filter(None, [caught("start", lambda: checks.start_finding(recipe, manifest))])
+    findings += filter(None, [caught("rewards", lambda: checks.rewards_finding(recipe))])
     if base_config is not None:
         try:
             skeleton = module_table.build(recipe, manifest["role_markers"] if manifest else None, dtype)

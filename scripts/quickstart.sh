@@ -18,8 +18,11 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 fresh=false name=quickstart script=train before=
 for option in "$@"; do
   case "$option" in
-    dpo) name=quickstart_dpo before=quickstart ;;
-    grpo) name=quickstart_grpo script=train_grpo before=quickstart_dpo ;;
+    dpo | grpo)
+      [[ -z "$before" ]] || { printf 'dpo and grpo are two runs, one after the other: give one at a time.\n' >&2 && exit 2; }
+      if [[ "$option" == dpo ]]; then name=quickstart_dpo before=quickstart; fi
+      if [[ "$option" == grpo ]]; then name=quickstart_grpo script=train_grpo before=quickstart_dpo; fi
+      ;;
     --fresh) fresh=true ;;
     --cpu) export ACCELERATE_USE_CPU=true ;;
     --system) SYSTEM=true ;;

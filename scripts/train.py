@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Fine-tune a causal language model: the loop, in the order things happen.
+"""Fine-tune a causal language model: the loop, in the order things happen. On conversations (SFT), or, with a section `dpo`, on pairs of
+answers; scripts/train_grpo.py learns from the model's own.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml scripts/train.py recipes/quickstart.yaml
     accelerate launch --config_file accelerate_configs/single_t4.yaml scripts/train.py recipes/phi2_oasst1.yaml optim.learning_rate=1e-4
@@ -10,7 +11,7 @@ The same command again goes on where the run stopped. Everything it writes is be
     final/           the adapter to use, in PEFT's layout:        status.json     running, stopped, finished or failed
                      the best on the development split if evaluation.every_steps is set, else the last
     metrics.jsonl    one line a step, and what went wrong         run.json        recipe, versions, hashes, hardware
-    black_box/       what stood around a step that went wrong
+    black_box/       what stood around a step that went wrong     reference.jsonl  dpo: how likely each answer was at the start
 """
 
 from qlora_suite.command_line import parser_for, read_arguments, read_recipe, with_clear_errors
@@ -29,12 +30,13 @@ from typing import Any
 
 import torch
 
-from qlora_suite import anomalies, black_box, compatibility, dataset, dpo, fast_paths, optimizer, reference, run_facts, run_folder
+from qlora_suite import anomalies, black_box, compatibility, dataset, fast_paths, optimizer, reference, run_facts, run_folder, start_from
 from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.compiled import check_compiler, compile_layers
+from qlora_suite.dpo import MEASURES
 from qlora_suite.engine import autocast, engine_for, name_of, seed_for
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import check_dev_rows, dev_loss
@@ -66,7 +68,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         if recipe.speed.compile:
             check_compiler(accelerator.device)
         manifest = dataset.load_manifest(recipe, verify=verify_data and accelerator.is_main_process)
-        dpo.check_reference(recipe, manifest)
+        remark = start_from.check_recipe(recipe, manifest)
         folder = Path(recipe.data.prepared)
         rows, dev = dataset.Rows(folder / "train.arrow"), dataset.Rows(folder / "dev.arrow")
         check_division(recipe.train.rows_per_step, accelerator.num_processes, recipe.train.micro_batch)
@@ -81,6 +83,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
     )
     num_steps = order.num_steps
 
+    if remark:
+        say_once(f"note       {remark}")
     with (
         run_folder.open_run(recipe, accelerator, num_steps) as run,
         Watchdog(run.path, accelerator.process_index, hung_after * 60, accelerator.num_processes) as watch,
@@ -113,7 +117,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
             if recipe.dpo:  # of the weights as they are now, before a checkpoint's take their place
                 wanted = {row for step in range(num_steps) for row in order.rows_for_step(step) if row != EMPTY}
                 splits = {"train": (rows, wanted), "dev": (dev, range(len(dev)) if recipe.evaluation.every_steps else ())}
-                of, asked = reference.name_of(identity), asked_of_reference
+                of, asked = reference.name_of(identity, manifest), asked_of_reference
                 rows, dev = reference.with_reference(run.path, of, net, splits, recipe.dpo, pad_id, dtype, accelerator, asked)
             state = run.resume(net, identity, run_facts.rounding(recipe, dtype))
         net.train()
@@ -218,7 +222,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 budget, cut_short = recipe.evaluation.budget_tokens, lambda: engine.any_rank(asked())
                 found = dev_loss(engine, dev, pad_id, limit, budget, cut_short, recipe.dpo)
                 if found is not None:
-                    run.add_dev_loss(state, found[0], **dict(zip(dpo.MEASURES, found[1:], strict=False)))
+                    run.add_dev_loss(state, found[0], **dict(zip(MEASURES, found[1:], strict=False)))
             if previewing:
                 run.add_preview(state.step, preview(engine, renderer, recipe.previews, asked))
             return evaluating or previewing
@@ -266,7 +270,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                     supervised_tokens=num_tokens,
                     tokens=state.tokens,
                     tokens_per_second=round(tokens / seconds, 1),
-                    **{name: value / divisor for name, value in zip(dpo.MEASURES, measured, strict=False)},
+                    **{name: value / divisor for name, value in zip(MEASURES, measured, strict=False)},
                     peak_memory_gib=round(peak_memory_gib(accelerator.device), 3),
                     **({} if applied else {"rows": step_rows}),
                 )

@@ -8,7 +8,7 @@ A step samples a group of answers to each of its prompts, judges them by the rec
 the groups. One process, or several under accelerate_configs/ddp.yaml. The same command again goes on where the run stopped. It writes
 what scripts/train.py writes, and
 
-    samples.md       the answers to a prompt of each of the last steps, with their rewards: to look at
+    samples.md       the answers to one prompt of each of the last steps, with their rewards: to look at
     samples.jsonl    the same for every step
 """
 
@@ -40,6 +40,7 @@ from qlora_suite import (
     run_facts,
     run_folder,
     samples,
+    start_from,
 )
 from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
@@ -78,6 +79,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         judges = rewards.judges_of(config.rewards)
         manifest = dataset.load_manifest(recipe, verify=verify_data and accelerator.is_main_process)
         folder = Path(recipe.data.prepared)
+        remark = start_from.check_recipe(recipe, manifest)
         check_division(recipe.train.rows_per_step, world, "auto")
         prompts = read_prompts(dataset.Rows(folder / "train.arrow"), recipe.data.max_length - config.max_new_tokens)
     order = Order(
@@ -90,6 +92,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
     )
     num_steps = order.num_steps
 
+    if remark:
+        say_once(f"note       {remark}")
     with (
         run_folder.open_run(recipe, accelerator, num_steps) as run,
         Watchdog(run.path, rank, hung_after * 60, world) as watch,
@@ -231,7 +235,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                     if not applied:
                         with together(accelerator):
                             limit_of, scale = recipe.train.max_skipped_steps, engine.loss_scale()
-                            check_skipped(state.skipped_in_a_row, limit_of, dtype, scale, found, list(places.values()))
+                            rows = [prompts.places[number][0] for number in places.values()]
+                            check_skipped(state.skipped_in_a_row, limit_of, dtype, scale, found, rows)
                     sums["kl"] += parts[1].item()
                     sums["clipped"] += parts[2].item()
 
@@ -252,8 +257,13 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                     tokens_per_second=round(total["tokens"] / seconds, 1),
                     peak_memory_gib=round(peak_memory_gib(accelerator.device), 3),
                 )
+                shown = list(places)[step % len(places)]  # another one of the step's prompts each time, from the rank that has it
+                mine = [place for place in places if place % world == rank]
+                group = mine.index(shown) * config.group_size if shown in mine else None
+                record = None if group is None else samples.record(state.step, answers[group : group + config.group_size])
+                record = next(filter(None, gathered(accelerator, record)))
                 if journal is not None:
-                    journal.add(samples.record(state.step, answers[: config.group_size]))
+                    journal.add(record)
                     with contextlib.suppress(OSError):  # it is made from samples.jsonl, whole, each time
                         samples.write_page(run.path / "samples.md", journal.records)
                 note = f"reward {means['reward']:.3f}  finished {means['finished']:.0%}  {means['words']:.0f} words"

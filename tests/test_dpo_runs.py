@@ -162,6 +162,46 @@ def test_a_request_to_stop_is_heard_while_the_reference_is_asked(
     assert difference(whole, run).within(1e-5)
 
 
+def test_where_memory_is_short_the_reference_is_asked_in_halves(
+    recipe: Path, whole: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, sizes = reference.collate, []
+
+    def collate(rows: list[Any], *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError
+        return known(rows, *args, **kwargs)
+
+    monkeypatch.setattr(reference, "collate", collate)
+    run = train(recipe, f"output.dir={folder / 'halves'}")
+    assert max(sizes) > 4
+    assert {(x["split"], x["row"]) for x in lines(run)} == {(x["split"], x["row"]) for x in lines(whole)}
+    assert difference(whole, run).within(1e-5)
+
+
+def test_a_file_whose_last_newline_was_cut_off_loses_that_line_alone(whole: Path, tmp_path: Path) -> None:
+    text = (whole / FILE).read_text()
+    of = json.loads(text.split("\n")[0])["of"]
+    (tmp_path / FILE).write_text(text[:-1])
+    assert len(reference._read(tmp_path / FILE, of)) == len(lines(whole)) - 1
+    assert (tmp_path / FILE).read_text() == text[: text[:-1].rindex("\n") + 1]
+    (tmp_path / FILE).write_text(text)
+    assert len(reference._read(tmp_path / FILE, of)) == len(lines(whole))
+
+
+def test_a_pair_without_a_finite_probability_is_named(recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = reference.token_losses
+    monkeypatch.setattr(reference, "token_losses", lambda *args: known(*args) * float("nan"))
+    with pytest.raises(ValueError, match=r"gives the answers of row \d+ of train.arrow no finite probability"):
+        train(recipe, f"output.dir={folder / 'nan'}")
+
+
+def test_other_development_pairs_are_another_reference() -> None:
+    manifests = [{"files": {"dev.arrow": {"sha256": value}}} for value in "ab"]
+    assert reference.name_of({}, manifests[0]) != reference.name_of({}, manifests[1])
+
+
 def test_another_reference_is_not_taken_for_this_one(
     recipe: Path, whole: Path, folder: Path, first: Path, tiny_base: Path, oasst_file: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_script, write_recipe
+from conftest import ROOT, MakeRecipe, run_script, write_recipe
 from in_process import prepared, script, train
 
 from qlora_suite import cards, module_table, preflight_checks, preflight_page
@@ -506,3 +506,24 @@ def test_a_remedy_stands_below_each_line_that_is_not_green(capsys: pytest.Captur
     assert out.count("-> mend it") == 1
     assert "[red]breaks[/red]" in out
     assert "red: 1 thing will fail" in out
+
+
+def test_what_a_run_starts_from_is_looked_at(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Before it waits in a queue to fail on it."""
+    recipe = load(prepared(make_recipe()), [f"adapter.start_from={tmp_path / 'nothing'}"])
+    manifest = {"role_markers": {"token_ids": []}}
+    found = preflight_checks.caught("start", lambda: preflight_checks.start_finding(recipe, manifest))
+    assert found.level == "bad"
+    assert "cannot find the adapter" in found.text
+    assert preflight_checks.start_finding(load(make_recipe()), manifest) is None
+
+
+def test_rewards_are_run_and_what_is_not_known_is_said(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def mine(answer):\n    return 1.0\n")
+    grpo = f"grpo={{rewards: [{{path: '{own}:mine'}}], max_new_tokens: 16}}"
+    recipe = load(make_recipe("data.packing=false", grpo))
+    assert "not of sampled ones" in preflight_checks.rewards_finding(recipe).text
+    own.write_text("def other(answer):\n    return 1.0\n")
+    assert "has no function mine" in preflight_checks.caught("rewards", lambda: preflight_checks.rewards_finding(recipe)).text
+    assert preflight_checks.rewards_finding(load(make_recipe())) is None

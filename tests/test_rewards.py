@@ -158,3 +158,25 @@ def test_every_name_of_the_recipe_is_a_function() -> None:
     judges = judges_of([Reward(name="within_words", words=3), Reward(name="format", pattern="x"), Reward(name="no_repetition")])
     assert judged(answer("x"), judges) == {"within_words": 1.0, "format": 1.0, "no_repetition": 1.0}
     assert rewards.in_words([Reward(name="within_words", words=3)]) == "within_words (words: 3)"
+
+
+def test_a_file_with_dataclasses_is_run_once_for_all_of_its_functions(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    log = tmp_path / "log"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        f"open({str(log)!r}, 'a').write('run ')\n"
+        "@dataclass\nclass Limit:\n    words: int = 3\n"
+        "def short(answer):\n    return len(answer.text.split()) <= Limit().words\n"
+        "def long(answer):\n    return not short(answer)\n"
+    )
+    judges = judges_of([Reward(path=f"{file}:short"), Reward(path=f"{file}:long")])
+    assert list(judges) == ["short", "long"]
+    assert log.read_text() == "run "
+
+
+def test_a_file_that_exits_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("raise SystemExit(3)\n")
+    with pytest.raises(ValueError, match=r"cannot be run: SystemExit: 3"):
+        judges_of([Reward(path=f"{file}:mine")])

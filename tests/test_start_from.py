@@ -1,6 +1,8 @@
 """adapter.start_from: a run that goes on with the adapter of another."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +92,51 @@ def test_a_run_that_is_not_finished_and_a_folder_without_an_adapter_are_refused(
         start_from.folder_of(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"has no effect with adapter.start_from"):
         load(recipe, ["adapter.start_from=x", "adapter.init=gaussian"])
+
+
+def changed(run: Path, folder: Path, dtype: torch.dtype | None = None, **config: Any) -> Path:
+    """A copy of a run's adapter, with other settings or stored in another type."""
+    folder.mkdir()
+    values = json.loads((run / "final" / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(values | config))
+    save_file({name: t.to(dtype or t.dtype) for name, t in load_file(run / "final" / ADAPTER).items()}, folder / ADAPTER)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"init_lora_weights": "pissa"}, "begun with adapter.init: pissa, which changed its base"),
+        ({"init_lora_weights": "olora"}, "begun with adapter.init: olora, which changed its base"),
+        ({"alpha_pattern": {"q_proj": 256}}, "an alpha of its own for some modules"),
+        ({"peft_type": "IA3"}, "has peft_type: IA3; what is read here is LORA"),
+    ],
+)
+def test_an_adapter_whose_weights_do_not_say_what_it_computes_is_refused(
+    first: tuple[Path, Path], tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
+    recipe, run = first
+    other = changed(run, tmp_path / "other", **config)
+    with pytest.raises(ValueError, match=f"cannot be gone on from: .*{words}"):
+        start_from.fingerprint(str(other))
+    with pytest.raises(ValueError, match=f"cannot be gone on from: .*{words}"):
+        model_of(recipe, f"adapter.start_from={other}")
+
+
+def test_an_adapter_in_16_bits_is_trained_in_32(first: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = first
+    found = model_of(recipe, f"adapter.start_from={changed(run, tmp_path / 'half', torch.bfloat16)}")
+    exact = model_of(recipe, f"adapter.start_from={run}")
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert all(tensor.equal(exact[name].bfloat16().float()) for name, tensor in found.items())
+
+
+def test_a_run_of_another_format_is_refused_and_one_of_another_split_remarked_on(first: tuple[Path, Path]) -> None:
+    recipe, run = first
+    manifest = {"role_markers": {"token_ids": []}}
+    start = f"adapter.start_from={run}"
+    assert start_from.check_recipe(load(recipe, [start]), manifest) == ""
+    with pytest.raises(ValueError, match=r"trained with another chat\.format"):
+        start_from.check_recipe(load(recipe, [start, "chat.format=human_assistant"]), manifest)
+    said = start_from.check_recipe(load(recipe, [start, "data.validation_share=0.5"]), manifest)
+    assert "what is held out here may have been learnt there" in said

@@ -45,6 +45,7 @@ def write_grpo_recipe(folder: Path, base: Path, source: Path, *overrides: str) -
     own.write_text(LETTERS)
     ours = (
         "data.packing=false",
+        "chat.role_markers=text",
         f"grpo.rewards=[{{path: '{own}:letters'}}, {{name: no_repetition, weight: 0.25}}]",
         "grpo.group_size=4",
         "grpo.max_new_tokens=12",
@@ -219,10 +220,11 @@ def test_what_a_person_can_look_at(whole: Path) -> None:
 def test_the_reference_is_the_adapter_that_it_starts_from(recipe: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At the first update nothing has been learnt: the divergence is 0, of a new adapter and of one that has learnt already."""
     one = ("grpo.updates=1", "train.max_steps=1", "previews.prompts=[]")
-    new = metrics(train(recipe, *one, f"output.dir={recipe.parent}/new", by="train_grpo"))
-    goes_on = metrics(train(recipe, *one, f"output.dir={recipe.parent}/on", f"adapter.start_from={whole}", by="train_grpo"))
-    assert abs(new[0]["kl"]) < 1e-6 > abs(goes_on[0]["kl"])
-    assert goes_on[0]["reward"] > new[0]["reward"]
+    new = train(recipe, *one, f"output.dir={recipe.parent}/new", by="train_grpo")
+    goes_on = train(recipe, *one, f"output.dir={recipe.parent}/on", f"adapter.start_from={whole}", by="train_grpo")
+    assert abs(metrics(new)[0]["kl"]) < 1e-6 > abs(metrics(goes_on)[0]["kl"])
+    assert all_samples(new)[0]["prompt"] == all_samples(goes_on)[0]["prompt"]
+    assert all_samples(new)[0]["answers"] != all_samples(goes_on)[0]["answers"]
     said = capsys.readouterr().out
     assert f"runs {recipe.parent / 'own.py'}" in said
     assert "the same as another; 4 answers" not in said, "some are too long as well"

@@ -58,7 +58,7 @@ class AdapterConfig(BaseModel):
 
 def check(folder: Path, base: PreTrainedModel) -> None:
     """Raises ValueError if the adapter in `folder` is damaged, of another kind, or not what its config says, on this base."""
-    config, shapes = _read_config(folder / CONFIG_NAME), _shapes_in(folder / SAFETENSORS_WEIGHTS_NAME)
+    config, shapes = read(folder / CONFIG_NAME), _shapes_in(folder / SAFETENSORS_WEIGHTS_NAME)
     of_lora = {name.removeprefix(PREFIX).partition(".lora_A.")[0]: shape for name, shape in shapes.items() if ".lora_A." in name}
     patterns = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
     for names in (config.target_modules, config.exclude_modules, config.layers_pattern):
@@ -75,7 +75,8 @@ def check(folder: Path, base: PreTrainedModel) -> None:
         _check_places(config, shapes.keys(), of_lora, base)
 
 
-def _read_config(path: Path) -> AdapterConfig:
+def read(path: Path) -> AdapterConfig:
+    """What it says. Raises ValueError for another kind of adapter, and for what is damaged or not known here."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path.name} does not hold keys and values")

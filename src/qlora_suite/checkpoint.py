@@ -425,10 +425,15 @@ def restore_optimizer(folder: Path, engine: Engine) -> None:
     engine.load_optimizer_state(tensors, state.optimizer_numbers)
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Load trained weights into a model of the same shape, before an engine shards it. Raises ValueError if they do not fit it."""
+def load_weights(folder: Path, model: nn.Module, cast: bool = False) -> None:
+    """Load trained weights into a model of the same shape, before an engine shards it. Raises ValueError if they do not fit it.
+
+    `cast`: those of another program may be stored in 16 bits.
+    """
     name, expected = in_file(model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
     tensors = load_file(folder / name)
+    if cast:
+        tensors = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     wrong = sorted(
         k
         for k in expected.keys() | tensors.keys()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_suite.recipe import Dpo, Recipe
+from qlora_suite.recipe import Dpo
 
 MEASURES = ("accuracy", "margin", "reward_chosen", "reward_rejected", "log_ratio", "chosen_tokens", "rejected_tokens")
 """Beside the loss, each a mean over pairs:
@@ -27,15 +27,6 @@ reward_*            beta x log-ratio
 log_ratio           nats a token by which both answers have become likelier than at the start; far below 0, the model forgets how to speak
 *_tokens            length of the answers
 """
-
-
-def check_reference(recipe: Recipe, manifest: Mapping[str, Any]) -> None:
-    """Raises ValueError if there is nothing at the start that answers could be compared with."""
-    if recipe.dpo and recipe.adapter.start_from is None and manifest["role_markers"]["token_ids"]:
-        raise ValueError(
-            "dpo compares with the model as it is at the start, and here its role markers are new tokens that it has never seen; train on "
-            "answers first and name that run in adapter.start_from, or set chat.role_markers: text"
-        )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from qlora_suite import accelerate_config, adapter, checkpoint, compatibility, prequantized, run_facts
+from qlora_suite import accelerate_config, adapter, checkpoint, compatibility, prequantized, rewards, run_facts, start_from
 from qlora_suite.base_files import weight_files
 from qlora_suite.batches import Order, check_division
 from qlora_suite.cards import Card
@@ -243,6 +243,26 @@ def _check_weights_are_whole(recipe: Recipe) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file.name} is damaged ({str(error).strip()})") from None
+
+
+def start_finding(recipe: Recipe, manifest: Mapping[str, Any]) -> Finding | None:
+    """Can the run begin with the adapter that is named, as far as can be said without loading it?"""
+    remark = start_from.check_recipe(recipe, manifest)
+    if recipe.adapter == "none" or recipe.adapter.start_from is None:
+        return None
+    if remark:
+        return Finding("look", "start", remark, "take the data and the split of that run, if what is held out is to be judged on")
+    return Finding("ok", "start", f"begins with the adapter of {recipe.adapter.start_from}")
+
+
+def rewards_finding(recipe: Recipe) -> Finding | None:
+    """Can the functions that judge be run? And what is not known of a run that samples."""
+    if recipe.grpo is None:
+        return None
+    rewards.judges_of(recipe.grpo.rewards)
+    text = f"{rewards.in_words(recipe.grpo.rewards)}; memory and time on this page are of the prepared answers, not of sampled ones"
+    remedy = f"count on {recipe.grpo.group_size} answers of {recipe.grpo.max_new_tokens} tokens for each of a step's prompts"
+    return Finding("look", "rewards", text, remedy)
 
 
 def coverage_finding(recipe: Recipe, skeleton: Skeleton) -> Finding:

@@ -22,8 +22,10 @@ from qlora_suite import dpo
 from qlora_suite.batches import EMPTY, Limit, micro_batches
 from qlora_suite.dataset import Rows
 from qlora_suite.engine import autocast
-from qlora_suite.files import hash_of
+from qlora_suite.evaluation import release_memory
+from qlora_suite.files import hash_of, write_text
 from qlora_suite.loss import collate, token_losses
+from qlora_suite.micro_batch import is_out_of_memory
 from qlora_suite.ranks import gathered, together
 from qlora_suite.recipe import Dpo
 from qlora_suite.run_facts import BASE, DATA, START
@@ -34,9 +36,10 @@ AT_ONCE = Limit(rows=64, tokens=8192)
 """Rows and tokens in a forward pass without gradients; a longer row still goes through by itself."""
 
 
-def name_of(identity: Mapping[str, Any]) -> str:
+def name_of(identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """Names what the log-probabilities depend on: the data, the base and how it is stored, and the adapter at the start."""
-    return hash_of({key: identity.get(key) for key in (DATA, BASE, START, "model.quantization", "model.double_quantization")})
+    keys = (DATA, BASE, START, "model.quantization", "model.double_quantization")
+    return hash_of([{key: identity.get(key) for key in keys}, manifest["files"]["dev.arrow"]["sha256"]])
 
 
 class WithReference(Sequence[dict[str, Any]]):
@@ -72,7 +75,8 @@ def with_reference(
     splits  name -> (rows, numbers of those that are wanted)
     asked   is there a request to stop? Then some are still missing (NaN), on all ranks alike
 
-    All ranks must call it; each goes through a share of the rows. Raises OSError if the file cannot be written.
+    All ranks must call it; each goes through a share of the rows. Raises OSError if the file cannot be written, and ValueError for a pair
+    that has no finite probability.
     """
     with together(accelerator):
         known = _read(folder / FILE, of) if accelerator.is_main_process else None
@@ -90,7 +94,9 @@ def with_reference(
             for name, (rows, _) in splits.items():
                 longest_first = sorted(missing[name], key=lambda r: -rows.lengths[r])
                 for piece in micro_batches(longest_first, rows.lengths, AT_ONCE, accelerator.process_index, accelerator.num_processes):
-                    mine = _log_probs(net, rows, piece, settings, pad_id, dtype, accelerator.device)
+                    with together(accelerator):
+                        mine = _log_probs(net, rows, piece, settings, pad_id, dtype, accelerator.device)
+                        _check_finite(name, mine, dtype)
                     shares = gathered(accelerator, (mine, asked()))
                     found = [line for share, _ in shares for line in share]
                     for row, values in found:
@@ -111,14 +117,30 @@ def with_reference(
 def _log_probs(
     net: nn.Module, rows: Rows, numbers: Sequence[int], settings: Dpo, pad_id: int, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[int, list[float]]]:
-    """(row, [log p of the chosen answer, of the rejected one]) of each."""
+    """(row, [log p of the chosen answer, of the rejected one]) of each; in halves where memory is short."""
     numbers = [number for number in numbers if number != EMPTY]
     if not numbers:
         return []
-    batch = collate([rows[number] for number in numbers], pad_id, dpo=settings).to(device)
-    with autocast(device, dtype):
-        losses = token_losses(net, batch)
-    return list(zip(numbers, dpo.log_probs(losses, batch.pairs).tolist(), strict=True))
+    try:
+        batch = collate([rows[number] for number in numbers], pad_id, dpo=settings).to(device)
+        with autocast(device, dtype):
+            losses = token_losses(net, batch)
+        return list(zip(numbers, dpo.log_probs(losses, batch.pairs).tolist(), strict=True))
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(numbers) == 1:
+            raise
+    release_memory()  # not in the block above: there the error's traceback still holds the tensors
+    half = len(numbers) // 2
+    return [pair for part in (numbers[:half], numbers[half:]) for pair in _log_probs(net, rows, part, settings, pad_id, dtype, device)]
+
+
+def _check_finite(split: str, found: Sequence[tuple[int, list[float]]], dtype: torch.dtype) -> None:
+    for row, values in found:
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"the model at the start gives the answers of row {row} of {split}.arrow no finite probability in {dtype}; use "
+                "mixed_precision: bf16 where the card has it, or look at that pair"
+            )
 
 
 def _read(path: Path, of: str) -> list[tuple[str, int, list[float]]]:
@@ -126,15 +148,17 @@ def _read(path: Path, of: str) -> list[tuple[str, int, list[float]]]:
     out, and the file is written without it.
     """
     found = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = text.split("\n")[:-1]  # what stands behind the last newline was cut
     if lines and _parsed(lines[0]) == {"of": of}:
         for line in lines[1:]:
             record = _parsed(line)
             if not _is_known(record):
                 break
             found.append((record["split"], record["row"], record["log_probs"]))
-    if len(found) + 1 != len(lines):
-        path.write_text("".join(f"{line}\n" for line in [json.dumps({"of": of}), *lines[1 : len(found) + 1]]), encoding="utf-8")
+    whole = "".join(f"{line}\n" for line in [json.dumps({"of": of}), *lines[1 : len(found) + 1]])
+    if whole != text:
+        write_text(path, whole)
     return found
 
 

@@ -10,13 +10,16 @@ A function of your own gets a generation.Answer: `text`, `num_tokens`, `stopped`
 `prompt` (all that stands before the answer, with the format's markers). Its file is run as Python, in every process of the run.
 """
 
+import functools
 import importlib.util
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from qlora_suite.files import sha256
 from qlora_suite.generation import Answer
@@ -90,16 +93,26 @@ def in_words(rewards: Sequence[Reward]) -> str:
 
 def _own(path: str) -> Judge:
     file, function = _parts(path)
-    spec = importlib.util.spec_from_file_location(f"own_rewards_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"grpo.rewards: {file} cannot be run: {type(error).__name__}: {error}") from error
+    module = _run(file, sha256(file))
     found = getattr(module, function, None)
     if not callable(found):
         raise ValueError(f"grpo.rewards: {file} has no function {function}; define it there, or name another behind the colon")
     return found
+
+
+@functools.cache
+def _run(file: Path, digest: str) -> ModuleType:
+    """The file as a module; run once as it stands, however many of its functions are named."""
+    name = f"own_rewards_{file.stem}_{digest[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ValueError(f"grpo.rewards: {file} cannot be run: {type(error).__name__}: {error}") from error
+    return module
 
 
 def _name_of(path: str) -> str:

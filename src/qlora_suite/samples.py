@@ -4,7 +4,8 @@
     samples = sampler(step, {0: ids, 2: ids, ...})         # place of the prompt in the step -> its ids
 
 A sample is a function of the seed, the step, its prompt's place in the step, its number in the group, and the weights. It does not
-depend on what else is in its batch, but for rounding: where a number that was drawn lies within 1e-6 of the edge between two tokens.
+depend on what else is in its batch, but for rounding: in fp32 where a number that was drawn lies within 1e-6 of the edge between two
+tokens; in 16 bits, where logits change with the batch by a hundredth, another batch gives other answers now and then.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,6 +100,7 @@ class Sampler:
         samples = []
         for i, place in enumerate(prompts):
             group = found[i * self.grpo.group_size : (i + 1) * self.grpo.group_size]
+            stop()  # judging may take its time, too
             samples += self._judged(prompts[place], group)
         return samples
 

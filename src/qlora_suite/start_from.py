@@ -5,7 +5,9 @@
 It goes on as the run's own adapter: what is saved is one adapter on the same base. Its optimiser starts afresh.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
@@ -14,6 +16,8 @@ from transformers import PreTrainedModel
 from qlora_suite import adapter_config, checkpoint
 from qlora_suite.adapter import adapter_folder
 from qlora_suite.files import hash_of, sha256
+from qlora_suite.recipe import Recipe
+from qlora_suite.recipe_file import load as load_recipe
 
 KEYS = {
     "r": "adapter.rank",
@@ -37,9 +41,9 @@ def folder_of(adapter: str) -> Path:
 
 
 def fingerprint(adapter: str) -> str:
-    """Names its weights and what they are part of, wherever they lie."""
+    """Names its weights and what they are part of, wherever they lie. Raises ValueError for what is no LoRA adapter."""
     folder = folder_of(adapter)
-    config = LoraConfig.from_pretrained(folder)
+    config = _config(adapter, folder)
     return hash_of([sha256(folder / checkpoint.ADAPTER), {key: _plain(getattr(config, key)) for key in KEYS}])
 
 
@@ -48,7 +52,7 @@ def load(net: PeftModel, base: PreTrainedModel, adapter: str) -> None:
     folder = folder_of(adapter)
     try:
         adapter_config.check(folder, base)
-        theirs, ours = LoraConfig.from_pretrained(folder), net.peft_config["default"]
+        theirs, ours = _config(adapter, folder), net.peft_config["default"]
         differing = [
             f"{name}: there {_words(getattr(theirs, key))}, here {_words(getattr(ours, key))}"
             for key, name in KEYS.items()
@@ -56,9 +60,56 @@ def load(net: PeftModel, base: PreTrainedModel, adapter: str) -> None:
         ]
         if differing:
             raise ValueError(f"{'; '.join(differing)}; give the recipe what the adapter has")
-        checkpoint.load_weights(folder, net)
+        checkpoint.load_weights(folder, net, cast=True)
     except ValueError as error:
-        raise ValueError(f"adapter.start_from: {adapter} cannot be gone on from: {error}") from None
+        raise ValueError(_cannot(adapter, error)) from None
+
+
+def check_recipe(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
+    """What can be said of the start before anything is loaded: a remark, or nothing.
+
+    Raises ValueError if the run that is named has learnt another format, or if there is none and something is asked of a model that has
+    never seen its role markers.
+    """
+    start, way = recipe.adapter.start_from if recipe.adapter != "none" else None, "dpo" if recipe.dpo else "grpo" if recipe.grpo else ""
+    if start is None:
+        if way and manifest["role_markers"]["token_ids"]:
+            raise ValueError(
+                f"{way} starts from what the model says already, and here its role markers are new tokens that it has never seen; train on "
+                "answers first and name that run in adapter.start_from, or set chat.role_markers: text"
+            )
+        return ""
+    fingerprint(start)
+    if not (Path(start) / "recipe.yaml").is_file():
+        return ""
+    before = load_recipe(Path(start) / "recipe.yaml")
+    if changed := [key for key in ("format", "role_markers", "system_prompt") if getattr(before.chat, key) != getattr(recipe.chat, key)]:
+        raise ValueError(f"adapter.start_from: the run in {start} was trained with another chat.{changed[0]}; give the recipe what it has")
+    held_out = [([(one.source, one.split, one.validation_share) for one in r.data.each], r.data.dev_share) for r in (before, recipe)]
+    if held_out[0] == held_out[1]:
+        return ""
+    return f"{start} was trained on other data or another split: what is held out here may have been learnt there"
+
+
+def _config(adapter: str, folder: Path) -> LoraConfig:
+    """Raises ValueError for another kind than LoRA, and for one whose weights alone do not say what it computes."""
+    try:
+        adapter_config.read(folder / CONFIG_NAME)
+        config = LoraConfig.from_pretrained(folder)
+        if str(config.init_lora_weights).startswith(("pissa", "olora")):
+            how = config.init_lora_weights
+            raise ValueError(f"it was begun with adapter.init: {how}, which changed its base; merge it, and take the merged model as base")
+        if config.alpha_pattern:
+            raise ValueError(
+                "it has an alpha of its own for some modules, which no recipe says; merge it, and take the merged model as base"
+            )
+    except ValueError as error:
+        raise ValueError(_cannot(adapter, error)) from None
+    return config
+
+
+def _cannot(adapter: str, error: ValueError) -> str:
+    return str(error) if "cannot be gone on from" in str(error) else f"adapter.start_from: {adapter} cannot be gone on from: {error}"
 
 
 def _plain(value: object) -> object:
