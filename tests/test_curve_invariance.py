@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -97,7 +98,12 @@ def test_unpacked_rows_train_in_groups_of_like_length(recipe: Path, monkeypatch:
     seen = []
     module = script("train")
     collate = module.collate
-    monkeypatch.setattr(module, "collate", lambda rows, pad_id: seen.append([r["lengths"] for r in rows if r]) or collate(rows, pad_id))
+
+    def noted(rows: list[Any], *args: Any, **options: Any) -> Any:
+        seen.append([row["lengths"] for row in rows if row])
+        return collate(rows, *args, **options)
+
+    monkeypatch.setattr(module, "collate", noted)
     runs = [metrics(run(recipe, *fixed, f"train.micro_batch={size}")) for size in ("1", "4")]
     assert all(len(lengths) == 1 for batch in seen for lengths in batch)
     rows = pa.ipc.open_stream(f"{recipe.parent}/unpacked/train.arrow").read_all()

@@ -26,7 +26,7 @@ def losses(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
     import in_process
 
     coming = iter(values)
-    monkeypatch.setattr(in_process.script("train"), "dev_loss", lambda *_: next(coming))
+    monkeypatch.setattr(in_process.script("train"), "dev_loss", lambda *_: [next(coming)])
 
 
 def flip_a_bit(path: Path) -> None:

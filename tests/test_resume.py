@@ -151,7 +151,7 @@ def dev_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]
 
     def scripted(losses: list[float]) -> None:
         values = iter(losses)
-        monkeypatch.setattr(script("train"), "dev_loss", lambda *_: next(values))
+        monkeypatch.setattr(script("train"), "dev_loss", lambda *_: [next(values)])
 
     return scripted
 
