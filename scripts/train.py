@@ -240,7 +240,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 divisor = sum(row != EMPTY for row in step_rows) if recipe.dpo else num_tokens  # its pairs, or supervised tokens
                 micro, losses = gradients_of(step, step_rows, divisor)
 
-                # the gradient was divided by it in engine.backward; engine.step clips, applies and clears it
+                # the gradient was divided by `divisor` in engine.backward; engine.step clips, applies and clears it
                 learning_rate = lr_at(step, recipe.optim, num_steps)
                 engine.set_lr(learning_rate)
                 # `signs`: does this rank see a reason to stop or to save? Asked of all ranks together with loss and norm, in the one

@@ -22,8 +22,8 @@ def build_model(
     `sharded`: FSDP2 will spread the weights over the ranks. It can only cut floating-point storage, and leaves bytes whole without a
     word, so 4-bit weights are then stored as (bit patterns of) numbers of the compute type.
 
-    Raises ValueError if the base cannot be loaded, the adapter does not cover it or cannot start from
-    another, or it would mix packed conversations.
+    Raises ValueError if the base cannot be loaded, the adapter does not cover it or cannot start from another, or it would
+    mix packed conversations.
     """
     torch.manual_seed(recipe.seed)  # decides lora_A, or every weight of a model made from nothing
     fused_gelu = recipe.speed.gelu == "auto"
