@@ -1,5 +1,6 @@
 """Pairs of a chosen and a rejected answer, prepared: each is one row of two conversations, or counted where it was left out."""
 
+import gzip
 import json
 import random
 import shutil
@@ -113,6 +114,26 @@ def test_pairs_of_one_tree_stand_in_one_split(make_recipe: MakeRecipe) -> None:
         groups = [{c.group for c in selection.splits[split]} for split in SPLITS]
     assert all(groups)
     assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+@pytest.mark.parametrize("policy", ["preference_pairs", "conciseness_pairs"])
+def test_pairs_that_people_ranked_otherwise_and_those_with_the_longer_answer_chosen_are_counted(
+    make_recipe: MakeRecipe, policy: str
+) -> None:
+    recipe = load(make_recipe(f"data.source={OASST1}", *TREES, f"data.policy={policy}", "data.dev_share=0.1"))
+    counts = prepared(recipe)["counts"]
+    with gzip.open(OASST1, "rt", encoding="utf-8") as file:
+        messages = {m["message_id"]: m for m in map(json.loads, file)}
+    held_out = read_conversations(Path(recipe.data.prepared) / "validation.arrow")
+    keys = {split: [key for key, _ in halves_of(rows_of(recipe, split))] for split in ("train", "dev")}
+    for split, keys_of_split in {**keys, "validation": [one.key for one in held_out]}.items():
+        pairs = [[messages[name] for name in key.split(">")] for key in keys_of_split]
+        assert counts[split]["rejected_outranks"] == sum(chosen["rank"] > rejected["rank"] for chosen, rejected in pairs), split
+        longer = sum(len(chosen["text"].split()) > len(rejected["text"].split()) for chosen, rejected in pairs)
+        assert counts[split]["chosen_longer"] == longer, split
+    sums = {name: sum(counts[split][name] for split in SPLITS) for name in ("rejected_outranks", "chosen_longer")}
+    assert [name for name, number in sums.items() if number] == ["chosen_longer" if policy == "preference_pairs" else "rejected_outranks"]
+    assert sum(one.rejected_outranks for one in held_out) == counts["validation"]["rejected_outranks"]
 
 
 def test_the_same_pairs_are_taken_whatever_the_order_of_the_rows(make_recipe: MakeRecipe, tmp_path: Path) -> None:

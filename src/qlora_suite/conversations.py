@@ -27,6 +27,8 @@ class Conversation:
     language: str | None = None
     rejected: str | None = None
     """Of a pair: the other answer to the same turns, worse than the last turn, which alone is learnt."""
+    rejected_outranks: bool = False
+    """Of a pair: did people rank the rejected answer higher? (conciseness_pairs)"""
 
     def without_open_end(self) -> "Conversation | None":
         """Ends on an assistant turn: user turns after the last one have no answer to learn. None if nothing is left."""

@@ -32,7 +32,7 @@ from qlora_suite.recipe import Recipe
 from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.run_place import check_path
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 TICK_NS = 2 * 10**9
 """The coarsest clock of a file system's times (FAT)."""
 WORTH_A_BAR = 256
@@ -63,6 +63,7 @@ CONVERSATIONS = pa.schema(
         ("language", pa.string()),
         ("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("learn", pa.bool_())]))),
         ("rejected", pa.string()),
+        ("rejected_outranks", pa.bool_()),
     ]
 )
 
@@ -285,13 +286,15 @@ def conversation_record(conversation: Conversation) -> dict[str, Any]:
         "language": conversation.language,
         "turns": turns,
         "rejected": conversation.rejected,
+        "rejected_outranks": conversation.rejected_outranks,
     }
 
 
 def conversation_from(record: Mapping[str, Any]) -> Conversation:
     """The reverse of `conversation_record`."""
     turns = tuple(Turn(**turn) for turn in record["turns"])
-    return Conversation(record["key"], tuple(record["ids"]), record["group"], turns, record["language"], record["rejected"])
+    values = {name: record[name] for name in ("key", "group", "language", "rejected", "rejected_outranks")}
+    return Conversation(ids=tuple(record["ids"]), turns=turns, **values)
 
 
 def read_conversations(path: Path) -> list[Conversation]:

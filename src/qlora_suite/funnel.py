@@ -19,6 +19,8 @@ LABELS = {
     "dropped_too_long": "  dropped: too long",
     "same_answers": "  dropped: both answers are the same",
     "kept": "conversations kept",
+    "chosen_longer": "  of them, the chosen answer has more words",
+    "rejected_outranks": "  of them, people ranked the rejected one higher",
     "open_ends": "  of them, cut before a last unanswered prompt",
     "cut_conversations": "  of them, cut at max_length",
     "cut_tokens": "  supervised tokens cut",

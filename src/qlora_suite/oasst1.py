@@ -351,7 +351,7 @@ def _pairs(
         for chosen, rejected in pairs:
             key = f"{chosen['message_id']}>{rejected['message_id']}"
             found = _conversation(key, [prompt, chosen, rejected], [*path, chosen, rejected], [*context, _turn(chosen)])
-            yield replace(found, rejected=rejected["text"])
+            yield replace(found, rejected=rejected["text"], rejected_outranks=rejected["rank"] < chosen["rank"])
 
 
 def _is_ranked(message: Message) -> bool:

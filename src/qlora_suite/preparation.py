@@ -150,10 +150,17 @@ def counted(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow]
         counts.supervised += sum(piece.num_supervised for piece in one.pieces)
         if one.conversation.rejected is not None:
             chosen, rejected = one.pieces
-            counts.pairs += 1
+            count_pair(one.conversation, counts)
             counts.chosen += chosen.num_supervised
             counts.rejected += rejected.num_supervised
         yield one
+
+
+def count_pair(pair: Conversation, counts: Counts) -> None:
+    assert pair.rejected is not None, "no pair"
+    counts.pairs += 1
+    counts.chosen_longer += len(pair.turns[-1].content.split()) > len(pair.rejected.split())
+    counts.rejected_outranks += pair.rejected_outranks
 
 
 def write_rows(path: Path, pieces: Pieces, data: Data, counts: Counts, pairs: bool = False) -> None:
@@ -247,7 +254,8 @@ def prepare(
         with workers as results, dataset.TableWriter(aside / "validation.arrow", dataset.CONVERSATIONS) as table:
             for one in written(results, counts["validation"], bad_rows, strict):
                 counts["validation"].kept += 1
-                counts["validation"].pairs += pairs
+                if pairs:
+                    count_pair(one.conversation, counts["validation"])
                 table.add(dataset.conversation_record(one.conversation))
         write_bad_rows(aside / "bad_rows.jsonl", bad_rows)
         tokenizer.save_pretrained(aside / "tokenizer")

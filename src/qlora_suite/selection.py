@@ -91,6 +91,10 @@ class Counts:
     kept: int = 0
     pairs: int = 0
     """Of them, a chosen and a rejected answer each."""
+    chosen_longer: int = 0
+    """Pairs whose chosen answer has more words than the rejected one: a model may learn length from them."""
+    rejected_outranks: int = 0
+    """Pairs whose rejected answer people ranked higher."""
     rows: int = 0
     tokens: int = 0
     supervised: int = 0
