@@ -54,7 +54,7 @@ def test_a_best_checkpoint_damaged_before_the_end_is_named_and_left_out(recipe: 
     real = Run.end
 
     def end(self: Run, *args: object) -> None:
-        flip_a_bit(self.checkpoints / "step-000001" / checkpoint.ADAPTER)
+        flip_a_bit(self.saves.folder / "step-000001" / checkpoint.ADAPTER)
         real(self, *args)
 
     monkeypatch.setattr(Run, "end", end)

@@ -19,22 +19,22 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_suite import adapter, black_box, checkpoint, compatibility, disk_space, generation, micro_batch
 from qlora_suite.batches import Limit, Order
-from qlora_suite.checkpoint import State, Trained
+from qlora_suite.checkpoint import State
 from qlora_suite.engine import Engine
 from qlora_suite.fast_paths import FastPaths
 from qlora_suite.files import write_json, write_text
 from qlora_suite.leaks import redacted
-from qlora_suite.mirror import check_mirrored, copy_to, refuse_links, restore_from
+from qlora_suite.mirror import check_mirrored, refuse_links
 from qlora_suite.model import versions
 from qlora_suite.preemption import StopRequest
-from qlora_suite.prequantized import source_of
 from qlora_suite.ranks import gathered, together
 from qlora_suite.recipe import Recipe, flatten
 from qlora_suite.recipe_file import to_yaml
 from qlora_suite.remarks import remarks
 from qlora_suite.result import write_result
-from qlora_suite.run_facts import BASE, git_state, hardware, precision_name, processes_text, rounding, servable_as
+from qlora_suite.run_facts import BASE, git_state, hardware, precision_name, processes_text, servable_as
 from qlora_suite.run_place import check_mirror, check_path, check_run_folder
+from qlora_suite.saves import Saves
 from qlora_suite.tracking import Journal, Status, say, start_trackers, sync_command
 from qlora_suite.watchdog import explain_lost_peers
 
@@ -43,8 +43,6 @@ SEEN_WITHIN_SECONDS = 60.0
 """A network file system may take its time to show a new file to another node."""
 LOOK_PAUSE = 50
 """Between two looks at the run's own files, in the time that a look takes: they are a fiftieth of the run at most."""
-LONGEST_PAUSE = 64
-"""Steps from a save that failed to the next try, at most: the first comes after one step, and each pause is twice the one before."""
 
 
 @contextlib.contextmanager
@@ -131,20 +129,16 @@ class Run:
     def __init__(self, recipe: Recipe, path: Path, accelerator: Accelerator, num_steps: int, held: contextlib.ExitStack) -> None:
         self.recipe, self.path, self.accelerator, self.num_steps = recipe, path, accelerator, num_steps
         self.main = accelerator.is_main_process
-        self.checkpoints = path / "checkpoints"
         self.status = Status(path / "status.json", quiet=not self.main)
         self.step = self.status.step
         done = self.main and self.status.state == "finished" and checkpoint.complaint_about_checkpoint(path / "final") is None
         self.finished: bool = gathered(accelerator, done)[0]
         """The status says so and the result is whole; a damaged result is written again from the last checkpoint."""
-        self.failed_saves = self.failed_in_a_row = 0
-        self.retry_at: int | None = None
-        """The step at which a save is due, whatever the recipe says: one has failed, or what was saved is gone. The same on all ranks."""
+        self.saves = Saves(recipe, path, accelerator, self.add_event)
         self.failed_tracking = 0
         self.resumed_from: Path | None = None
-        self.newest: Path | None = None
-        """The newest checkpoint; main process only, as the next three."""
         self.taken_over = False
+        """By another run; main process only, as the next three."""
         self._held = held
         self._next_look = 0.0
         self._about: dict[str, Any] = {}
@@ -164,7 +158,7 @@ class Run:
             if self.main:
                 if self.recipe.output.mirror:
                     check_mirrored(Path(self.recipe.output.mirror), now)
-                self.resumed_from = self._newest_good()
+                self.resumed_from = self.saves.newest_good()
         self.resumed_from = found = gathered(self.accelerator, self.resumed_from)[0]
         state = State(identity=dict(now))
         with together(self.accelerator):
@@ -189,29 +183,13 @@ class Run:
             )
         if found and state.precision not in ("", precision):
             say(f"not exact: it was computed in {state.precision} and goes on in {precision}")
-        self.newest = found
+        self.saves.newest = found
         self.metrics = Journal(self.path / "metrics.jsonl", state.step)
         self.previews = Journal(self.path / "previews.jsonl", state.step)
         self.status.write("running", state.step, self.num_steps, identity=now)
         write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
         if self.recipe.tracking.trackers:
             start_trackers(self.accelerator, self.recipe.tracking.project, self.path, _scalars(self.recipe))
-
-    def _newest_good(self) -> Path | None:
-        """The checkpoint to go on from, its own or the mirror's; damaged ones are set aside. None at a beginning.
-
-        Raises ValueError if there are some and none is good.
-        """
-        mirror = self.recipe.output.mirror and Path(self.recipe.output.mirror)
-        try:
-            if (found := checkpoint.latest(self.checkpoints)) or not mirror:
-                return found
-            restore_from(mirror, self.checkpoints)
-        except ValueError:  # all of them are damaged
-            if not mirror or checkpoint.steps(self.checkpoints) or not checkpoint.steps(mirror / "checkpoints"):
-                raise
-            restore_from(mirror, self.checkpoints)
-        return checkpoint.latest(self.checkpoints)
 
     def resume_engine(self, engine: Engine, state: State) -> None:
         """Give the engine what the checkpoint knows beside the weights: the optimiser's moments and the loss scale."""
@@ -421,7 +399,7 @@ class Run:
                 if self.main:
                     raise ValueError(f"the folder {self.path} was deleted, and another run is writing there now; this one ends unsaved")
         if seen.lost:
-            self.retry_at = state.step
+            self.saves.retry_at = state.step
         if early := self.reason_to_stop_early(state):
             return early
         if seen.time_is_up:
@@ -439,82 +417,16 @@ class Run:
         every = self.recipe.checkpoints.every_steps
         if state.best is not None and state.best["step"] == state.step:
             return True
-        if self.retry_at is not None:  # a disk that is dead must not cost an attempt at every step
-            return state.step >= self.retry_at
+        if self.saves.retry_at is not None:  # a disk that is dead must not cost an attempt at every step
+            return state.step >= self.saves.retry_at
         return seen.save_is_due or (every is not None and state.step % every == 0)
 
     def save(self, state: State, net: nn.Module, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, required: bool) -> bool:
-        """Write, verify, mirror; then prune. Was it written?
-
-        A disk that is full for a while must not cost the run: a periodic save that fails is said, counted, noted and tried again, after
-        a step, after two more, after four more, ... Raises OSError if the run cannot go on without this one (`required`).
-        """
-        error = None
-        state.scaler, state.processes = engine.state(), self.accelerator.num_processes
-        state.precision = rounding(self.recipe, engine.dtype)
-        learnt = checkpoint.trained(net, engine)
-        with together(self.accelerator):
-            if learnt is not None:
-                try:
-                    self._save_or_make_room(state, net, learnt, tokenizer)
-                except OSError as caught:
-                    error = str(caught)
-                    self.failed_saves += 1
-                    if required:
-                        self.add_event(state.step, "checkpoint failed", error=error, failed_saves=self.failed_saves)
-                        before = f"the newest one is {self.newest.name}" if self.newest else "there is none before it"
-                        raise OSError(
-                            f"the checkpoint of step {state.step} could not be written to {self.checkpoints} ({error}), and {before}; "
-                            "see to the disk, and the same command goes on from there"
-                        ) from caught
-        error = gathered(self.accelerator, error)[0]
-        if error is None:
-            self.failed_in_a_row, self.retry_at = 0, None
-            return True
-        self.failed_in_a_row += 1
-        self.retry_at = state.step + min(2 ** (self.failed_in_a_row - 1), LONGEST_PAUSE)
-        if self.main:
-            said = f"checkpoint at step {state.step} FAILED ({error}); training goes on from memory, next try at step {self.retry_at}"
-            say(f"{said}, failed so far: {self.failed_saves}")
-            self.add_event(state.step, "checkpoint failed", error=error, failed_saves=self.failed_saves, next_try=self.retry_at)
-        return False
-
-    def _save_or_make_room(self, state: State, net: nn.Module, learnt: Trained, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Save; on a full disk at once again, without the checkpoints that need not stay."""
-        best = int(state.best["step"]) if state.best else None
-        try:
-            written = self._save(state, net, learnt, tokenizer)
-        except OSError as error:
-            deleted = checkpoint.make_room(self.checkpoints, best) if disk_space.is_full(error) else []
-            if not deleted:
-                raise
-            say(f"the disk of {self.path} is FULL: {', '.join(deleted)} deleted to save step {state.step}")
-            self.add_event(state.step, "disk full", error=str(error), deleted=deleted)
-            written = self._save(state, net, learnt, tokenizer)
-        self.newest = written
-        try:
-            checkpoint.prune(self.checkpoints, self.recipe.checkpoints.keep, best)
-        except OSError as error:
-            say(f"an old checkpoint in {self.checkpoints} COULD NOT BE DELETED ({error})")
-            self.add_event(state.step, "old checkpoint could not be deleted", error=str(error))
-        self.status.write("running", state.step, self.num_steps)
-        if self.recipe.output.mirror:
-            self._mirror(Path(self.recipe.output.mirror), written, state.step, best)
-
-    def _save(self, state: State, net: nn.Module, learnt: Trained, tokenizer: PreTrainedTokenizerBase) -> Path:
-        source = source_of(self.recipe.model.base) or self.recipe.model  # the published base, not a folder with its quantised form
-        base = (source.base, source.revision)
-        refuse_links(self.path)
-        return checkpoint.save(self.checkpoints, state, net, learnt, tokenizer, to_yaml(self.recipe), base)
-
-    def _mirror(self, mirror: Path, written: Path, step: int, best: int | None) -> None:
-        """That it fails is said, counted and noted; the next save brings the next copy."""
-        try:
-            copy_to(mirror, written, self.recipe.checkpoints.keep, best)
-        except OSError as error:
-            self.failed_saves += 1
-            say(f"mirroring {written.name} FAILED ({error}); it is safe in {self.checkpoints}, failed so far: {self.failed_saves}")
-            self.add_event(step, "mirroring failed", error=str(error), failed_saves=self.failed_saves)
+        """Was a checkpoint written? Raises OSError if the run cannot go on without this one (`required`)."""
+        saved = self.saves.save(state, net, engine, tokenizer, required=required)
+        if saved and self.main:
+            self.status.write("running", state.step, self.num_steps)
+        return saved
 
     # ---- if it is deleted ---------------------------------------------------------------------------------------------------
 
@@ -529,9 +441,9 @@ class Run:
         try:
             return self._look(step)
         except OSError as error:
-            if self.retry_at is None:
+            if self.saves.retry_at is None:
                 say(f"{self.path} IS GONE and cannot be made anew, or cannot be looked at ({error}); tried again later")
-            return self.retry_at is None, False
+            return self.saves.retry_at is None, False
         except ValueError:  # another run has come in between
             self.taken_over = True
             return False, True
@@ -542,10 +454,10 @@ class Run:
         wanted = [".lock", "status.json", "metrics.jsonl", "recipe.yaml", "run.json"]
         missing = [name for name in wanted[1:] if not (self.path / name).exists()]
         locked = checkpoint.is_locked_by_us(self.path)
-        unsaved = self.newest is not None and not (self.newest / checkpoint.MANIFEST).exists()
+        unsaved = self.saves.newest is not None and not (self.saves.newest / checkpoint.MANIFEST).exists()
         if locked and not missing and not unsaved:
             return False, False
-        gone = [*([] if locked else wanted[:1]), *missing, *([self.newest.name] if unsaved else [])]
+        gone = [*([] if locked else wanted[:1]), *missing, *([self.saves.newest.name] if unsaved else [])]
         if not locked:
             self._held.enter_context(checkpoint.lock(self.path))
         write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
@@ -555,7 +467,7 @@ class Run:
         self.status.write("running", step, self.num_steps)
         self.metrics.flush()
         self.previews.flush()
-        self.newest = self.newest if not unsaved else None
+        self.saves.newest = self.saves.newest if not unsaved else None
         say(f"files of the run WERE DELETED ({', '.join(gone)}) and are written anew; a checkpoint follows")
         self.add_event(step, "files of the run were deleted", files=gone)
         return True, False
@@ -584,22 +496,22 @@ class Run:
             return
         chosen = int(state.best["step"]) if state.best else state.step
         why = f"lowest development loss ({state.best['loss']:.4f})" if state.best else "the last step"
-        folder = self.checkpoints / f"step-{chosen:06d}"
+        folder = self.saves.folder / f"step-{chosen:06d}"
         if chosen != state.step and (complaint := checkpoint.complaint_about_checkpoint(folder)):
             chosen, why = state.step, f"the last step, for the best checkpoint ({folder.name}) is damaged: {complaint}"
-        source, choice = self.checkpoints / f"step-{chosen:06d}", {"step": chosen, "chosen_by": why}
+        source, choice = self.saves.folder / f"step-{chosen:06d}", {"step": chosen, "chosen_by": why}
         try:
             try:
                 self._write_result(source, net, tokenizer, choice)
             except OSError as error:
-                if not (disk_space.is_full(error) and checkpoint.make_room(self.checkpoints, chosen)):
+                if not (disk_space.is_full(error) and checkpoint.make_room(self.saves.folder, chosen)):
                     raise
                 self._write_result(source, net, tokenizer, choice)
         except OSError as error:
             self.add_event(state.step, "result failed", error=str(error))
             raise OSError(
-                f"the result could not be written to {self.path / 'final'} ({error}); every step is saved ({self.newest.name}): see to the "
-                "disk, and the same command writes it"
+                f"the result could not be written to {self.path / 'final'} ({error}); every step is saved ({self.saves.newest.name}): see "
+                "to the disk, and the same command writes it"
             ) from error
         self._write_status("finished", state.step, outcome)
         self.finished = True
