@@ -60,9 +60,12 @@ def asked(places: Tensor, targets: Tensor, summed: bool) -> Iterator[Question]:
         _question.reset(token)
 
 
-def use(head: nn.Module, vocabulary: int) -> None:
-    """Teach a head to answer. Without a question it gives logits, as before."""
-    logits_of, tile = head.forward, max(1, LOGITS_PER_TILE // vocabulary)
+def use(head: nn.Module, vocabulary: int, at_once: bool = True) -> None:
+    """Teach a head to answer. Without a question it gives logits, as before.
+
+    `at_once`: may a trained head's gradient be taken within its forward pass, where all losses count alike? Else as in preferences.
+    """
+    logits_of, most = head.forward, max(1, LOGITS_PER_TILE // vocabulary)
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         question = _question.get()
@@ -71,12 +74,11 @@ def use(head: nn.Module, vocabulary: int) -> None:
         question.answered = True
         tokens = hidden.flatten(0, -2).index_select(0, question.places)
         trained = [p for p in head.parameters() if p.requires_grad]
-        at_once = torch.is_grad_enabled() and (question.summed or not trained)
-        size = min(tile, TRAINED_TILE) if trained and _computed_in(tokens) != torch.float32 else tile
-        if at_once:
-            losses = _Losses.apply(tokens, question.targets, logits_of, size, *trained)
+        tile = min(most, TRAINED_TILE) if trained and _computed_in(tokens) != torch.float32 else most
+        if torch.is_grad_enabled() and (not trained or (at_once and question.summed)):
+            losses = _Losses.apply(tokens, question.targets, logits_of, tile, *trained)
         else:
-            losses = _losses(tokens, question.targets, logits_of, size)
+            losses = _losses(tokens, question.targets, logits_of, tile)
         return losses.sum()[None, None, None] if question.summed else losses[None, :, None]
 
     assert "forward" not in vars(head), "somebody else has changed this head's forward pass"
