@@ -179,6 +179,8 @@ def test_of_an_adapter_without_its_run_another_name_of_the_base_is_remarked_on(f
         found = start_from.check_recipe(load(recipe, [f"adapter.start_from={plain}"]), manifest)
         assert bool(found) == bool(said)
         assert said in found
+    hashed = load(recipe, [f"adapter.start_from={run / 'final'}", "model.base=someone/else"])
+    assert start_from.check_recipe(hashed, manifest) == "", "there the hash will tell"
     start_from.check_base(str(plain), "of another base, for all that is known")
 
 
