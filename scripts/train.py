@@ -30,19 +30,31 @@ from typing import Any
 
 import torch
 
-from qlora_suite import anomalies, black_box, compatibility, dataset, fast_paths, optimizer, reference, run_facts, run_folder, start_from
+from qlora_suite import (
+    anomalies,
+    black_box,
+    compatibility,
+    dataset,
+    fast_paths,
+    optimizer,
+    reference,
+    reference_weights,
+    run_facts,
+    run_folder,
+    start_from,
+)
 from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.compiled import check_compiler, compile_layers
 from qlora_suite.dpo import MEASURES
-from qlora_suite.engine import autocast, engine_for, name_of, seed_for
+from qlora_suite.engine import engine_for, name_of, seed_for
 from qlora_suite.engine import start as start_engine
-from qlora_suite.evaluation import check_dev_rows, dev_loss
+from qlora_suite.evaluation import check_dev_rows, dev_loss, dev_rows
 from qlora_suite.generation import preview
 from qlora_suite.loss import Batch, collate, summed_loss
-from qlora_suite.micro_batch import choose, is_out_of_memory, set_checkpointing
+from qlora_suite.micro_batch import choose, is_out_of_memory, set_checkpointing, try_longest
 from qlora_suite.preemption import StopRequest
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Recipe
@@ -109,33 +121,33 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 watch.beat("the trial of the faster ways")
                 longest, several = recipe.longest_row, recipe.several_in_a_row
                 paths = fast_paths.take(net, base, recipe.speed, dtype, longest, several, name_of(accelerator))
-
-            def asked_of_reference() -> bool:
-                watch.beat("the log-probabilities of the reference")
-                return stop.asked()
-
-            if recipe.dpo:  # of the weights as they are now, before a checkpoint's take their place
-                wanted = {row for step in range(num_steps) for row in order.rows_for_step(step) if row != EMPTY}
-                splits = {"train": (rows, wanted), "dev": (dev, range(len(dev)) if recipe.evaluation.every_steps else ())}
-                of, asked = reference.name_of(identity, manifest), asked_of_reference
-                rows, dev = reference.with_reference(run.path, of, net, splits, recipe.dpo, pad_id, dtype, accelerator, asked)
+                at_start = reference_weights.kept(net) if recipe.dpo else None
             state = run.resume(net, identity, run_facts.rounding(recipe, dtype))
+
+        def asked(doing: str) -> bool:
+            """For what takes long beside the steps, again and again: it goes on, and should it end?"""
+            watch.beat(doing)
+            return stop.asked()
+
+        # ---- dpo: how likely each answer was at the start, whatever a checkpoint holds; computed once, and kept --------------
+        if recipe.dpo:
+            to_come = {row for step in range(state.step, num_steps) for row in order.rows_for_step(step) if row != EMPTY}
+            evaluated = dev_rows(dev, recipe.evaluation.budget_tokens) if recipe.evaluation.every_steps else ()
+            splits = {"train": (rows, to_come), "dev": (dev, evaluated)}
+            of, cut_short = reference.name_of(identity, manifest), lambda: asked("the log-probabilities of the reference")
+            with at_start():
+                found = reference.with_reference(run.path, of, net, splits, recipe.dpo, pad_id, dtype, accelerator, cut_short)
+            if found is None:
+                run.end(state, net, tokenizer, run_folder.ON_REQUEST, stop)
+                return
+            rows, dev = found
+            del at_start  # a copy of what is trained
         net.train()
 
-        def trial(num_rows: int, checkpointing: float) -> None:
-            """Does this micro-batch fit? Tried on the longest rows with every token supervised: no later step can be worse.
-
-            Before the engine: a rank that runs out of memory must not leave others waiting for its gradients, or for its weights.
-            """
+        # ---- how much fits at once ------------------------------------------------------------------------------------------
+        def trial(num_rows: int, share: float) -> None:
             watch.beat(f"the trial of {num_rows} rows")
-            set_checkpointing(base, checkpointing)
-            longest = [rows[r] for r in rows.lengths.argsort()[::-1][:num_rows]]
-            try:
-                with autocast(accelerator.device, dtype):
-                    sums = summed_loss(net, collate(longest, pad_id, all_supervised=True, dpo=recipe.dpo).to(accelerator.device))
-                sums[0].backward()
-            finally:
-                net.zero_grad(set_to_none=True)
+            try_longest(net, base, rows, num_rows, share, recipe.dpo, dtype, accelerator.device)
 
         # Dropout draws its noise by micro-batch: there, and only there, a resumed run keeps the one that it began with.
         if recipe.draws_noise and recipe.train.micro_batch == "auto" and state.micro_batch:
@@ -212,19 +224,14 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
             """Evaluation and previews where they are due: none of it changes the curve. A request to stop cuts them short, and the
             resumed run makes up for it. Was anything due?
             """
-
-            def asked() -> bool:  # at each batch of the evaluation and each token of a preview
-                watch.beat(f"evaluation or previews at step {state.step}")
-                return stop.asked()
-
             evaluating, previewing = run.evaluation_due(state), run.preview_due(state, engine)
             if evaluating:
-                budget, cut_short = recipe.evaluation.budget_tokens, lambda: engine.any_rank(asked())
+                budget, cut_short = recipe.evaluation.budget_tokens, lambda: engine.any_rank(asked(f"the evaluation at step {state.step}"))
                 found = dev_loss(engine, dev, pad_id, limit, budget, cut_short, recipe.dpo)
                 if found is not None:
                     run.add_dev_loss(state, found[0], **dict(zip(MEASURES, found[1:], strict=False)))
             if previewing:
-                run.add_preview(state.step, preview(engine, renderer, recipe.previews, asked))
+                run.add_preview(state.step, preview(engine, renderer, recipe.previews, lambda: asked(f"previews at step {state.step}")))
             return evaluating or previewing
 
         # ---- the loop -------------------------------------------------------------------------------------------------------

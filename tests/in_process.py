@@ -14,9 +14,11 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
 
+from qlora_suite.files import read_json
 from qlora_suite.preparation import prepare
 from qlora_suite.recipe_file import load
 from qlora_suite.selection import selected
+from qlora_suite.subject import subject_of
 
 
 @cache
@@ -55,6 +57,17 @@ def train(recipe: Path, *overrides: str, by: str = "train") -> Path:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Path(values.output.dir)
+
+
+def evaluate(target: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    """Run scripts/evaluate.py on a recipe or a run's folder, with few and short answers. Returns report.json; leaves no state behind."""
+    subject = subject_of(target, list(overrides), options.get("adapter"))
+    try:
+        script("evaluate").run(target, list(overrides), **{"num_answers": 2, "answer_tokens": 12, **options})
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return read_json(subject.folder / f"{subject.report}.json")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -1,23 +1,27 @@
 """scripts/train.py on pairs: the reference computed once, any micro-batch and a resumed run one curve, and TRL's losses."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from asked_on_one_rank import asked_on
 from conftest import write_recipe
-from in_process import metrics, prepared, train
+from in_process import metrics, prepared, script, train
 from peft import PeftModel
+from processes import Started, start
+from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 
-from qlora_suite import dpo, reference
+from qlora_suite import dpo, evaluation, reference
 from qlora_suite.batches import Order
 from qlora_suite.checkpoint import ADAPTER
 from qlora_suite.dataset import Rows
-from qlora_suite.launched_runs import Killed, after_step, die, difference
+from qlora_suite.launched_runs import Killed, after_step, die, difference, free_port
 from qlora_suite.recipe_file import load
 from qlora_suite.reference import FILE
 
@@ -148,10 +152,12 @@ def test_a_request_to_stop_is_heard_while_the_reference_is_asked(
     monkeypatch.setattr(reference, "AT_ONCE", reference.Limit(4, 1000))
     with monkeypatch.context() as during:
         asked = stop_in_batch(during, run, 2)
+        during.setattr(script("train"), "engine_for", lambda *_: pytest.fail("it goes on to the engine"))
         train(recipe, f"output.dir={run}")
     assert len(asked) == 2
     status = json.loads((run / "status.json").read_text())
-    assert (status["state"], status["step"]) == ("stopped", 0)
+    assert (status["state"], status["step"], status["reason"]) == ("stopped", 0, "on a request to stop")
+    assert not (run / "stop_request").exists(), "the next start would stop at once"
     before = lines(run)
     assert 0 < len(before) < len(lines(whole))
     with (run / FILE).open("a") as file:
@@ -160,6 +166,113 @@ def test_a_request_to_stop_is_heard_while_the_reference_is_asked(
     assert lines(run)[: len(before)] == before
     assert len(lines(run)) == len(lines(whole))
     assert difference(whole, run).within(1e-5)
+
+
+def test_a_request_that_one_rank_hears_stops_all_alike_and_another_number_of_processes_goes_on(
+    recipe: Path, whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    run, port = folder / "two-ranks", str(free_port())
+
+    def on_rank(rank: str) -> Started:
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        env |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        return start("train.py", recipe, f"output.dir={run}", log=tmp_path / rank, prelude=(asked_on, "1", 2, 4), **env)
+
+    ranks = [on_rank(rank) for rank in "01"]
+    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.output for rank in ranks)
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("stopped", 0)
+    before = lines(run)
+    assert len(before) == 16, "two times four pairs of two ranks"
+    train(recipe, f"output.dir={run}")
+    assert lines(run)[:16] == before
+    assert len(lines(run)) == len(lines(whole))
+    assert difference(whole, run).within(1e-5)
+
+
+def test_a_request_while_a_resumed_run_asks_it_again_loses_no_step(
+    recipe: Path, whole: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is gone, and the weights are those of a checkpoint by now."""
+    run = folder / "asked-again"
+    with pytest.raises(Killed), after_step(5, die):
+        train(recipe, f"output.dir={run}", "checkpoints.every_steps=2")
+    (run / FILE).unlink()
+    monkeypatch.setattr(reference, "AT_ONCE", reference.Limit(4, 1000))
+    with monkeypatch.context() as during:
+        stop_in_batch(during, run, 1)
+        train(recipe, f"output.dir={run}", "checkpoints.every_steps=2")
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("stopped", 4)
+    assert 0 < len(lines(run)) < 5
+    train(recipe, f"output.dir={run}", "checkpoints.every_steps=2")
+    assert difference(whole, run).within(1e-5)
+    known = {(line["split"], line["row"]): line["log_probs"] for line in lines(whole)}
+    for line in lines(run):
+        assert line["log_probs"] == pytest.approx(known[line["split"], line["row"]], abs=1e-3)
+    assert len(lines(run)) < len(known), "pairs of the steps that are done are not asked again"
+
+
+def test_only_development_pairs_within_the_budget_are_asked(recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    larger = prepared(recipe_with(recipe, folder, "data.dev_share=0.6", f"data.prepared={folder / 'larger'}"))
+    dev = Rows(folder / "larger" / "dev.arrow")
+    budget, read = int(dev.lengths[:3].sum()), []
+    known = evaluation.collate
+
+    def collate(rows: list[Any], *args: Any, **kwargs: Any) -> Any:
+        read.extend(row["input_ids"].tolist() for row in rows if row is not None)
+        return known(rows, *args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "collate", collate)
+    steps = ("train={rows_per_step: 8, max_steps: 1}", "evaluation.every_steps=1")
+    run = train(larger, f"output.dir={folder / 'budget'}", *steps, f"evaluation.budget_tokens={budget}")
+    asked = [line["row"] for line in lines(run) if line["split"] == "dev"]
+    assert sorted(asked) == [0, 1, 2]
+    assert sorted(read) == sorted(dev[row]["input_ids"].tolist() for row in asked)
+    assert len(dev) > 3
+
+
+def test_a_command_for_another_run_costs_the_folder_nothing(recipe: Path, folder: Path, first: Path, tmp_path: Path) -> None:
+    """Its checkpoints are refused before the reference that is kept there is touched."""
+    run = folder / "kept"
+    with pytest.raises(Killed), after_step(3, die):
+        train(recipe, f"output.dir={run}", "checkpoints.every_steps=2")
+    before = (run / FILE).read_bytes()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_bytes((first / "final" / "adapter_config.json").read_bytes())
+    save_file({name: 1.01 * tensor for name, tensor in load_file(first / "final" / ADAPTER).items()}, other / ADAPTER)
+    with pytest.raises(ValueError, match=r"adapter.start_from \(hash of its weights\): was"):
+        train(recipe, f"output.dir={run}", "checkpoints.every_steps=2", f"adapter.start_from={other}")
+    assert (run / FILE).read_bytes() == before
+
+
+def test_a_full_disk_keeps_no_half_line_and_what_it_did_not_take_comes_with_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, records = tmp_path / FILE, [{"split": "train", "row": row, "log_probs": [-1.5, -2.0]} for row in range(4)]
+    assert reference._read(path, "it") == []
+    assert reference._added(path, [], records[:1]) == []
+    before, most = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 70, most[1]))
+    try:
+        unwritten = reference._added(path, [], records[1:3])
+        unwritten = reference._added(path, unwritten, records[3:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert path.read_bytes() == before
+    assert unwritten == records[1:]
+    assert capsys.readouterr().out.count("CANNOT BE WRITTEN") == 1
+    assert reference._added(path, unwritten, []) == []
+    assert [row for _, row, _ in reference._read(path, "it")] == [0, 1, 2, 3]
+
+
+def test_a_run_goes_on_where_its_reference_cannot_be_kept(recipe: Path, whole: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "AT_ONCE", reference.Limit(4, 1000))
+    known, run = reference._added, folder / "not-kept"
+    monkeypatch.setattr(reference, "_added", lambda path, *rest: known(path.parent / "nowhere" / path.name, *rest))
+    assert difference(whole, train(recipe, f"output.dir={run}")).within(1e-5)
+    assert lines(run) == []
 
 
 def test_where_memory_is_short_the_reference_is_asked_in_halves(
@@ -197,9 +310,10 @@ def test_a_pair_without_a_finite_probability_is_named(recipe: Path, folder: Path
         train(recipe, f"output.dir={folder / 'nan'}")
 
 
-def test_other_development_pairs_are_another_reference() -> None:
+def test_other_development_pairs_are_another_reference_and_so_is_another_beginning() -> None:
     manifests = [{"files": {"dev.arrow": {"sha256": value}}} for value in "ab"]
     assert reference.name_of({}, manifests[0]) != reference.name_of({}, manifests[1])
+    assert reference.name_of({"adapter.init": "pissa"}, manifests[0]) != reference.name_of({"adapter.init": "default"}, manifests[0])
 
 
 def test_another_reference_is_not_taken_for_this_one(

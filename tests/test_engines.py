@@ -81,9 +81,12 @@ PAGED = Case("paged optimiser", ("optim.name=paged_adamw", *SHORT))
 OF_PAIRS = Case("pairs", ("train.micro_batch=4",))
 OF_PAIRS_RESUMED = Case("pairs resumed", ("train.micro_batch=4",), killed_after=7)
 OF_PAIRS_ACCUMULATED = Case("pairs accumulated", ("train.micro_batch=1", "train.gradient_checkpointing=true"))
+OF_PAIRS_IN_CHATML = Case("pairs in chatml")
 INT8 = Case("int8", ("model.quantization=int8", *SHORT))
 DORA = Case("dora", ("adapter.dora=true", *SHORT))
 DORA_RESUMED = Case("dora resumed", ("adapter.dora=true", "checkpoints.every_steps=1", *SHORT[:3]), killed_after=2)
+CHATML = ("chat.format=chatml",)
+"""Whose end of turn is a new token: rows of the output head are trained."""
 TOO_FEW = Case("too few rows", ("train.rows_per_step=1", *SHORT))
 PAIRS = compatibility.pairwise()
 
@@ -105,13 +108,21 @@ def recipe(folder: Path, tiny_base: Path, oasst_file: Path) -> Path:
     prepared(path, "chat.loss_on=all", f"data.prepared={folder / 'all'}")
     prepared(path, *pairs(folder))
     train(path, f"output.dir={folder / 'first'}", *SHORT)
+    prepared(path, *CHATML, f"data.prepared={folder / 'chatml'}")
+    train(path, *CHATML, f"data.prepared={folder / 'chatml'}", f"output.dir={folder / 'chatml-first'}", *SHORT)
+    prepared(path, *pairs(folder, "chatml-"), *CHATML)
     return path
 
 
-def pairs(folder: Path) -> tuple[str, ...]:
+def pairs(folder: Path, name: str = "") -> tuple[str, ...]:
     """DPO after a first run, whose adapter is its reference."""
-    data = "data.policy=preference_pairs", "data.packing=false", f"data.prepared={folder / 'pairs'}"
-    return (*data, "dpo={beta: 0.2}", f"adapter.start_from={folder / 'first'}", "previews.prompts=[]", "optim.learning_rate=1e-3")
+    data = "data.policy=preference_pairs", "data.packing=false", f"data.prepared={folder / f'{name}pairs'}"
+    start = f"adapter.start_from={folder / f'{name}first'}"
+    return (*data, "dpo={beta: 0.2}", start, "previews.prompts=[]", "optim.learning_rate=1e-3")
+
+
+def in_chatml(folder: Path, *overrides: str) -> Case:
+    return replace(OF_PAIRS_IN_CHATML, overrides=(*pairs(folder, "chatml-"), *CHATML, *SHORT, *overrides))
 
 
 Outcomes = Callable[[str], dict[str, str]]
@@ -138,7 +149,18 @@ def outcomes(recipe: Path, folder: Path) -> Outcomes:
         SPIKE_LEARNT,
     ]
     cases += [replace(c, overrides=(*c.overrides, *pairs(folder))) for c in (OF_PAIRS, OF_PAIRS_RESUMED, OF_PAIRS_ACCUMULATED)]
-    cases += [CLIPPED, EVERY_WEIGHT, head_rows, EIGHT_BIT, PAGED, INT8, DORA, DORA_RESUMED, TOO_FEW]
+    cases += [
+        in_chatml(folder, "train.micro_batch=4"),
+        CLIPPED,
+        EVERY_WEIGHT,
+        head_rows,
+        EIGHT_BIT,
+        PAGED,
+        INT8,
+        DORA,
+        DORA_RESUMED,
+        TOO_FEW,
+    ]
     cells = [Case(c.name, (*c.overrides, *SHORT), c.precision, folder=f"{c.name}") for c in (cell.case(folder) for cell in PAIRS)]
 
     blocker = folder / "no_deepspeed" / "deepspeed"
@@ -151,7 +173,7 @@ def outcomes(recipe: Path, folder: Path) -> Outcomes:
             of(list(CONFIGS)[list(CONFIGS).index(engine) - 1])  # the relay wants them in their order
         with pytest.MonkeyPatch.context() as patch:
             if engine in ("one", "ddp"):  # it takes seconds, a compiler and sometimes the run
-                patch.setenv("PYTHONPATH", str(blocker.parent))
+                patch.setenv("PYTHONPATH", str(blocker.parent), prepend=os.pathsep)
             return launched_runs.launch(engine, [*cases, relay(engine), *cells], folder / engine, str(recipe), [], processes=2, gpu=False)
 
     return of
@@ -202,6 +224,17 @@ def test_preferences_are_learnt_as_in_one_process_and_go_on_to_the_same_bits(run
     again = difference(found, run(engine, OF_PAIRS_RESUMED))
     # a ZeRO-3 engine changes torch's linear for its whole process, in which here another run's reference is computed later
     assert again == EQUAL or (engine == "zero3" and again.within(1e-5)), again
+
+
+@several
+def test_preferences_train_rows_of_the_head_as_in_one_process(run: Found, engine: str) -> None:
+    """There each token's loss has its own factor, and a tile's logits are computed again in the backward pass."""
+    reference, found = run("one", OF_PAIRS_IN_CHATML), run(engine, OF_PAIRS_IN_CHATML)
+    assert difference(reference, found).within(2e-5), difference(reference, found)
+    assert json.loads((found / "run.json").read_text())["fast_paths"]["head"] == "tiled"
+    before, after = (load_file(place / "final" / ADAPTER) for place in (found.parent.parent / "chatml-first", found))
+    (rows,) = (name for name in after if "lm_head" in name)
+    assert (after[rows] - before[rows]).abs().max() > 1e-4
 
 
 @every
@@ -428,6 +461,8 @@ def test_zero3_with_nothing_kept_whole(recipe: Path, folder: Path, run: Found) -
         Case(ACCUMULATED.name, (nine, *ACCUMULATED.overrides)),
         Case(RESUMED.name, (nine, "train.micro_batch=3"), killed_after=7),
         Case("unquantised dora", ("adapter.dora=true", "model.quantization=none", nine, *SHORT)),
+        Case(HEAD_ROWS.name, (*HEAD_ROWS.overrides, nine, f"data.prepared={folder / 'all'}")),
+        in_chatml(folder, nine),
     ]
     where = folder / "strict"
     reference = launched_runs.launch("one", cases, where / "one", str(recipe), [], processes=1, gpu=False)
@@ -437,8 +472,9 @@ def test_zero3_with_nothing_kept_whole(recipe: Path, folder: Path, run: Found) -
     for case in (STRAIGHT, ACCUMULATED):
         assert difference(STRAIGHT.path(where / "one"), case.path(where)).within(1e-5)
     assert difference(STRAIGHT.path(where), RESUMED.path(where)) == EQUAL
-    dora = [metrics(cases[3].path(folder)) for folder in (where / "one", where)]
-    assert max(apart(*dora, key) for key in ("loss", "grad_norm")) < 1e-5
+    for case in cases[3:]:
+        curves = [metrics(case.path(place)) for place in (where / "one", where)]
+        assert max(apart(*curves, key) for key in ("loss", "grad_norm")) < 1e-5, case.name
 
 
 @pytest.mark.parametrize("engine", ["zero2", "fsdp"])

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, write_recipe
-from in_process import prepared, script, train
+from in_process import evaluate, prepared, script, train
 from peft import PeftModel
 from playwright.sync_api import Page
 from test_evaluate_on_two_processes import ENVIRONMENT, LAUNCH, assert_close
@@ -43,17 +42,6 @@ PAIRS = (
     "train={rows_per_step: 8, max_steps: 8}",
 )
 NAMES = ("one", "two", "gone", "changed")
-
-
-def evaluate(target: Path, *overrides: str, **options: Any) -> dict[str, Any]:
-    """scripts/evaluate.py in this process. Returns the report."""
-    subject = subject_of(target, list(overrides), options.get("adapter"))
-    try:
-        script("evaluate").run(target, list(overrides), **{"num_answers": 2, "answer_tokens": 12, **options})
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    return read_json(subject.folder / f"{subject.report}.json")
 
 
 @pytest.fixture(scope="module")

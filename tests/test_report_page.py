@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import write_recipe
-from in_process import prepared, script, train
+from in_process import evaluate, prepared, train
 from playwright.sync_api import Page
 
 from qlora_suite import charts, dataset, sample_answers
@@ -48,17 +47,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     more = ("previews.every_steps=3", "previews.max_new_tokens=8", "evaluation.every_steps=3")
     train(prepared(path, *overrides, *more), *overrides, *more)
     return path
-
-
-def evaluate(target: Path, *overrides: str, **options: Any) -> dict[str, Any]:
-    """scripts/evaluate.py in this process. Returns report.json."""
-    subject = subject_of(target, list(overrides))
-    try:
-        script("evaluate").run(target, list(overrides), **{"num_answers": 2, "answer_tokens": 12, **options})
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    return read_json(subject.folder / f"{subject.report}.json")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """adapter.start_from: a run that goes on with the adapter of another."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,58 @@ def test_an_adapter_in_16_bits_is_trained_in_32(first: tuple[Path, Path], tmp_pa
     exact = model_of(recipe, f"adapter.start_from={run}")
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     assert all(tensor.equal(exact[name].bfloat16().float()) for name, tensor in found.items())
+
+
+def base_like(base: Path, folder: Path, factor: float) -> Path:
+    """A copy of a base, every weight of which is multiplied."""
+    shutil.copytree(base, folder)
+    weights = {name: tensor * factor for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "final", "checkpoints/step-000006"])
+def test_an_adapter_of_a_run_on_another_base_is_refused_and_a_base_may_be_moved(
+    first: tuple[Path, Path], tmp_path: Path, tiny_base: Path, place: str
+) -> None:
+    """Of the same shape, so that nothing else would tell."""
+    recipe, run = first
+    begun = (f"adapter.start_from={run / place}", "train.max_steps=1")
+
+    def on(base: Path) -> tuple[str, ...]:
+        keys = (f"model.base={base}", f"data.prepared={base}-prepared")
+        prepared(recipe, *keys)
+        return (*keys, *begun, f"output.dir={base}-run")
+
+    with pytest.raises(ValueError, match=r"stood on another base .* set model\.base .* to what it had"):
+        train(recipe, *on(base_like(tiny_base, tmp_path / "other", 1.01)))
+    train(recipe, *on(base_like(tiny_base, tmp_path / "moved", 1)))
+
+
+def test_bases_are_told_apart_by_commit_or_by_files_and_not_one_by_the_other(first: tuple[Path, Path]) -> None:
+    _, run = first
+    about = json.loads((run / "run.json").read_text())
+    start_from.check_base(str(run), about["base"])
+    start_from.check_base(str(run), "someone/model@abc")
+    (run / "run.json").write_text(json.dumps(about | {"base": "someone/model@abd"}))
+    start_from.check_base(str(run), about["base"])
+    with pytest.raises(ValueError, match=r"stood on another base \(someone/model@abd\) than this one \(someone/model@abc\)"):
+        start_from.check_base(str(run), "someone/model@abc")
+    (run / "run.json").unlink()
+    start_from.check_base(str(run), "someone/model@abc")
+
+
+def test_of_an_adapter_without_its_run_another_name_of_the_base_is_remarked_on(first: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = first
+    manifest = {"role_markers": {"token_ids": []}}
+    for name, said in (("someone/else", "says that it was trained on someone/else"), (None, ""), (load(recipe).model.base, "")):
+        plain = changed(run, tmp_path / f"{name}".replace("/", "-"), base_model_name_or_path=name)
+        found = start_from.check_recipe(load(recipe, [f"adapter.start_from={plain}"]), manifest)
+        assert bool(found) == bool(said)
+        assert said in found
+    hashed = load(recipe, [f"adapter.start_from={run / 'final'}", "model.base=someone/else"])
+    assert start_from.check_recipe(hashed, manifest) == "", "there the hash will tell"
+    start_from.check_base(str(plain), "of another base, for all that is known")
 
 
 def test_a_run_of_another_format_is_refused_and_one_of_another_split_remarked_on(first: tuple[Path, Path]) -> None:

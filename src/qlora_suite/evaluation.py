@@ -270,6 +270,12 @@ def check_dev_rows(evaluation: recipe.Evaluation, num_rows: int) -> None:
         )
 
 
+def dev_rows(rows: Rows, budget_tokens: int | None) -> range:
+    """Numbers of the development rows that `dev_loss` reads: the first ones, of so many tokens at most; one row at least."""
+    within = rows.lengths.cumsum() <= (math.inf if budget_tokens is None else budget_tokens)
+    return range(max(1, int(within.sum())))
+
+
 @torch.no_grad()
 def dev_loss(
     engine: Engine,
@@ -280,15 +286,14 @@ def dev_loss(
     stop: Callable[[], bool] = lambda: False,
     dpo: recipe.Dpo | None = None,
 ) -> list[float] | None:
-    """[nats per supervised token] of the development rows (there must be some), the first ones up to the budget, shared among the ranks;
-    None if `stop` (which all ranks agree on) says so on the way. Of pairs, for `dpo`: [its loss per pair, and the means of dpo.MEASURES].
+    """[nats per supervised token] of the development rows (there must be some) within the budget, shared among the ranks; None if `stop`
+    (which all ranks agree on) says so on the way. Of pairs, for `dpo`: [its loss per pair, and the means of dpo.MEASURES].
 
     Every rank runs the model equally often, on empty rows where it has no more: engines that shard weights gather them in each
     forward pass. The module itself is called, not its wrapper: DDP would send buffers around.
     """
     assert len(rows) > 0, "see check_dev_rows"
-    used = rows.lengths.cumsum() <= (budget_tokens or float("inf"))
-    chosen = sorted(range(max(1, int(used.sum()))), key=lambda r: -rows.lengths[r])
+    chosen = sorted(dev_rows(rows, budget_tokens), key=lambda r: -rows.lengths[r])
     model, accelerator = engine.unwrapped, engine.accelerator
     was_training = model.training
     model.eval()

@@ -71,10 +71,10 @@ def take(net: nn.Module, base: PreTrainedModel, speed: Speed, dtype: torch.dtype
                 if attention.startswith(OFF) and (words := packed_attention.use(base, longest, by_itself)):
                     attention = kept(lambda: packed_attention.stop_using(base), words)
         output = base.get_output_embeddings()
-        # PEFT puts trained rows into a module within the head: ZeRO-3 lets go of its weights before the tiles' gradients are taken
-        gone_too_soon = engine == compatibility.ZERO3 and any(True for _ in output.children())
-        if speed.head == "auto" and not gone_too_soon:
-            tiled_head.use(output, base.config.get_text_config().vocab_size)
+        if speed.head == "auto":
+            # PEFT puts trained rows into a module within the head: ZeRO-3 lets go of its weights before the tiles' gradients are taken
+            gone_too_soon = engine == compatibility.ZERO3 and any(True for _ in output.children())
+            tiled_head.use(output, base.config.get_text_config().vocab_size, at_once=not gone_too_soon)
             head = kept(lambda: tiled_head.stop_using(output), "tiled")
         if speed.lora == "auto" and engine != compatibility.ZERO3:  # which gathers the weights of one module at a time
             with fused_lora.Watched(net) as watched, torch.no_grad():

@@ -10,9 +10,9 @@ from qlora_suite import compatibility, fast_paths, memory_estimate
 from qlora_suite.batches import Limit
 from qlora_suite.dataset import Rows
 from qlora_suite.engine import autocast
-from qlora_suite.loss import collate, summed_loss
+from qlora_suite.loss import summed_loss
 from qlora_suite.memory_estimate import Component, Estimate
-from qlora_suite.micro_batch import choose, set_checkpointing
+from qlora_suite.micro_batch import choose, longest_batch, set_checkpointing, try_longest
 from qlora_suite.optimizer import state_bytes
 from qlora_suite.recipe import Recipe
 from qlora_suite.trainable import build_model
@@ -36,17 +36,9 @@ def measure(
     net, base = build_model(recipe, manifest, dtype, device)
     fast_paths.take(net, base, recipe.speed, dtype, recipe.longest_row, recipe.several_in_a_row, compatibility.ONE)
     net.train()
-    longest_first = rows.lengths.argsort()[::-1]
 
-    def trial(num_rows: int, checkpointing: float) -> None:
-        set_checkpointing(base, checkpointing)
-        batch = collate([rows[r] for r in longest_first[:num_rows]], 0, all_supervised=True, dpo=recipe.dpo).to(device)
-        try:
-            with autocast(device, dtype):
-                loss_sum = summed_loss(net, batch)[0]
-            loss_sum.backward()
-        finally:
-            net.zero_grad(set_to_none=True)
+    def trial(num_rows: int, share: float) -> None:
+        try_longest(net, base, rows, num_rows, share, recipe.dpo, dtype, device)
 
     longest = int(rows.lengths.max())
     limit, checkpointing = choose(recipe.train, rows_per_rank, longest, device, trial, lambda n: n, state_bytes(net))
@@ -55,7 +47,7 @@ def measure(
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before: they stay until the step
     set_checkpointing(base, checkpointing)
-    batch = collate([rows[r] for r in longest_first[:num_rows]], 0, all_supervised=True, dpo=recipe.dpo).to(device)
+    batch = longest_batch(rows, num_rows, recipe.dpo).to(device)
 
     def loss() -> torch.Tensor:
         with autocast(device, dtype):

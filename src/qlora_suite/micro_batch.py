@@ -18,8 +18,11 @@ import torch
 from torch import nn
 
 from qlora_suite.batches import EMPTY, Limit
+from qlora_suite.dataset import Rows
+from qlora_suite.engine import autocast
 from qlora_suite.files import read_json, write_json
-from qlora_suite.recipe import Train
+from qlora_suite.loss import Batch, collate, summed_loss
+from qlora_suite.recipe import Dpo, Train
 
 CPU_TOKENS = 1024
 """On a CPU memory is rarely the limit and larger batches only spill the caches."""
@@ -89,6 +92,29 @@ def choose(
         )
     rows, share = ways[place]
     return Limit(rows_per_rank if auto else rows, rows * longest), share
+
+
+def longest_batch(rows: Rows, num_rows: int, dpo: Dpo | None) -> Batch:
+    """The longest rows, with every token supervised: no step on so many of these rows needs more memory."""
+    return collate([rows[r] for r in rows.lengths.argsort()[::-1][:num_rows]], pad_id=0, all_supervised=True, dpo=dpo)
+
+
+def try_longest(
+    net: nn.Module, base: nn.Module, rows: Rows, num_rows: int, share: float, dpo: Dpo | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A trial for `choose`: forward and backward pass of the longest batch, where this share of the layers recomputes.
+
+    Leaves no gradient. Before an engine wraps `net`: a rank that runs out of memory must not leave others waiting for its gradients,
+    or for its weights.
+    """
+    set_checkpointing(base, share)
+    try:
+        batch = longest_batch(rows, num_rows, dpo).to(device)
+        with autocast(device, dtype):
+            loss = summed_loss(net, batch)[0]
+        loss.backward()
+    finally:
+        net.zero_grad(set_to_none=True)
 
 
 def _first_that_fits(ways: Sequence[tuple[int, float]], fits: Callable[[int, float], bool], agree: Callable[[int], int]) -> int:

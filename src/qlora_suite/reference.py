@@ -29,7 +29,7 @@ from qlora_suite.micro_batch import is_out_of_memory
 from qlora_suite.ranks import gathered, together
 from qlora_suite.recipe import Dpo
 from qlora_suite.run_facts import BASE, DATA, START
-from qlora_suite.tracking import StepBar
+from qlora_suite.tracking import StepBar, say
 
 FILE = "reference.jsonl"
 AT_ONCE = Limit(rows=64, tokens=8192)
@@ -37,8 +37,10 @@ AT_ONCE = Limit(rows=64, tokens=8192)
 
 
 def name_of(identity: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Names what the log-probabilities depend on: the data, the base and how it is stored, and the adapter at the start."""
-    keys = (DATA, BASE, START, "model.quantization", "model.double_quantization")
+    """Names what the log-probabilities depend on: the data, the base and how it is stored, and the adapter at the start, or what a new
+    one makes of the base.
+    """
+    keys = (DATA, BASE, START, "model.quantization", "model.double_quantization", "adapter.init")
     return hash_of([{key: identity.get(key) for key in keys}, manifest["files"]["dev.arrow"]["sha256"]])
 
 
@@ -67,16 +69,16 @@ def with_reference(
     dtype: torch.dtype,
     accelerator: Accelerator,
     asked: Callable[[], bool],
-) -> list[WithReference]:
+) -> list[WithReference] | None:
     """Each split's rows with the log-probabilities of those that are wanted, from the run's folder or else computed now and kept there.
 
     of      names the reference: what another one has left in the folder is not used
     net     the model at its start, not wrapped by an engine
     splits  name -> (rows, numbers of those that are wanted)
-    asked   is there a request to stop? Then some are still missing (NaN), on all ranks alike
+    asked   is there a request to stop? Then the answer is None, on all ranks alike, and the next start goes on from here
 
-    All ranks must call it; each goes through a share of the rows. Raises OSError if the file cannot be written, and ValueError for a pair
-    that has no finite probability.
+    All ranks must call it; each goes through a share of the rows. A disk that is full later on is said, and ends nothing. Raises OSError
+    if it is full at once, and ValueError for a pair that has no finite probability.
     """
     with together(accelerator):
         known = _read(folder / FILE, of) if accelerator.is_main_process else None
@@ -87,6 +89,7 @@ def with_reference(
             tables[name][row] = values
     missing = {name: [r for r in sorted(set(wanted)) if np.isnan(tables[name][r, 0])] for name, (_, wanted) in splits.items()}
     done, total = 0, sum(map(len, missing.values()))
+    unwritten: list[dict[str, Any]] = []
     was_training = net.training
     net.eval()
     try:
@@ -101,13 +104,13 @@ def with_reference(
                     found = [line for share, _ in shares for line in share]
                     for row, values in found:
                         tables[name][row] = values
-                    with together(accelerator):
-                        if accelerator.is_main_process:
-                            _add(folder / FILE, [{"split": name, "row": row, "log_probs": values} for row, values in found])
+                    if accelerator.is_main_process:
+                        records = [{"split": name, "row": row, "log_probs": values} for row, values in found]
+                        unwritten = _added(folder / FILE, unwritten, records)
                     done += len(found)
                     bar.advance(done, "pairs")
                     if any(stop for _, stop in shares):
-                        return [WithReference(of_split, tables[split]) for split, (of_split, _) in splits.items()]
+                        return None
     finally:
         net.train(was_training)
     return [WithReference(rows, tables[name]) for name, (rows, _) in splits.items()]
@@ -177,6 +180,21 @@ def _is_known(record: Any) -> bool:
     return isinstance(record["split"], str) and type(row) is int and row >= 0 and finite
 
 
-def _add(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+def _added(path: Path, before: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Append what is not written yet. Returns what still is not: on a full disk all of it, for the next time; that is said once."""
+    records = before + records
+    try:
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                left = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(size)  # half a line would hide those after it
+                raise
+    except OSError as error:
+        if not before:
+            say(f"{path.name} CANNOT BE WRITTEN ({error}); training goes on, and what is not there is computed again after a stop")
+        return records
+    return []

@@ -29,10 +29,14 @@ def prepared_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What must not change between two starts of one run."""
+    """What must not change between two starts of one run.
+
+    Raises ValueError if adapter.start_from belongs to another base, or either cannot be read.
+    """
     keys = {key: value for key, value in curve_keys(recipe).items() if not names_files(key)}
     everything = {**keys, DATA: data_hash(manifest), BASE: base_fingerprint(recipe.model)}
     if recipe.adapter != "none" and recipe.adapter.start_from is not None:
+        start_from.check_base(recipe.adapter.start_from, everything[BASE])
         everything[START] = start_from.fingerprint(recipe.adapter.start_from)
     return json.loads(json.dumps(everything))  # tuples as lists, as they come back from a file
 

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from qlora_suite import adapter_config, checkpoint
 from qlora_suite.adapter import adapter_folder
-from qlora_suite.files import hash_of, sha256
-from qlora_suite.recipe import Recipe
+from qlora_suite.files import hash_of, read_json, sha256
+from qlora_suite.prequantized import source_of
+from qlora_suite.recipe import Model, Recipe
 from qlora_suite.recipe_file import load as load_recipe
 
+RUN = "run.json"
 KEYS = {
     "r": "adapter.rank",
     "lora_alpha": "adapter.alpha",
@@ -45,6 +47,20 @@ def fingerprint(adapter: str) -> str:
     folder = folder_of(adapter)
     config = _config(adapter, folder)
     return hash_of([sha256(folder / checkpoint.ADAPTER), {key: _plain(getattr(config, key)) for key in KEYS}])
+
+
+def check_base(adapter: str, base: str) -> None:
+    """Raises ValueError if the adapter's run stood on another base than the one of this name (model.base_fingerprint).
+
+    Only names of one kind tell: of two commits of the hub, or of the files of two folders. An adapter without its run tells nothing.
+    """
+    theirs = _base_of_run(adapter)
+    if theirs is None or theirs == base or ("@" in theirs) != ("@" in base):
+        return
+    raise ValueError(
+        f"adapter.start_from: the run of {adapter} stood on another base ({theirs[:80]}) than this one ({base[:80]}), and what it learnt "
+        "is a difference to that; set model.base (and model.revision) to what it had"
+    )
 
 
 def load(net: PeftModel, base: PreTrainedModel, adapter: str) -> None:
@@ -81,7 +97,7 @@ def check_recipe(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
         return ""
     fingerprint(start)
     if not (Path(start) / "recipe.yaml").is_file():
-        return ""
+        return _remark_on_base(start, recipe.model)
     before = load_recipe(Path(start) / "recipe.yaml")
     if changed := [key for key in ("format", "role_markers", "system_prompt") if getattr(before.chat, key) != getattr(recipe.chat, key)]:
         raise ValueError(f"adapter.start_from: the run in {start} was trained with another chat.{changed[0]}; give the recipe what it has")
@@ -89,6 +105,24 @@ def check_recipe(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
     if held_out[0] == held_out[1]:
         return ""
     return f"{start} was trained on other data or another split: what is held out here may have been learnt there"
+
+
+def _base_of_run(adapter: str) -> str | None:
+    """The name of the base that an adapter was trained on, from run.json of the run that its folder is a part of."""
+    folder = folder_of(adapter)
+    run = folder.parent if folder.name == "final" else folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    about = read_json(run / RUN) if (run / RUN).is_file() else {}
+    found = about.get("base") if isinstance(about, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _remark_on_base(adapter: str, model: Model) -> str:
+    """Of an adapter without its run only the base's name is known: other weights may have the same one, and these another."""
+    theirs = read_json(folder_of(adapter) / CONFIG_NAME).get("base_model_name_or_path")
+    ours = (source_of(model.base) or model).base
+    if not isinstance(theirs, str) or not theirs or Path(theirs).name == Path(ours).name or _base_of_run(adapter) is not None:
+        return ""
+    return f"{adapter} says that it was trained on {theirs[:80]}, and model.base is {ours}: on other weights than its own it is of no use"
 
 
 def _config(adapter: str, folder: Path) -> LoraConfig:

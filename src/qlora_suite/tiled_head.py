@@ -6,6 +6,10 @@ Phi-2, 2,048 tokens: logits in 16 bits, a copy in fp32 and its softmax are 51,20
 The idea, gradients in the forward pass included, is that of Liger Kernel's fused linear cross-entropy (Hsu et al., 2024), which
 computes with the head's weight itself. Here the head is called as it is, so that a bias, trained token rows, a tied weight or an
 adapter on the head are in the loss; and as this happens within its forward pass, ZeRO-3 and FSDP2 have put its weights together.
+
+Where the head itself is trained, its gradient is a sum over tokens, and can be taken at once only if all their losses count alike. Of
+preferences they do not (a pair's margin decides, known when all its losses are): there a tile's logits are computed once more in the
+backward pass.
 """
 
 import contextlib
@@ -16,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LOGITS_PER_TILE = 2**24
 """Logits that exist at a time: 64 MiB in fp32."""
@@ -55,9 +60,12 @@ def asked(places: Tensor, targets: Tensor, summed: bool) -> Iterator[Question]:
         _question.reset(token)
 
 
-def use(head: nn.Module, vocabulary: int) -> None:
-    """Teach a head to answer. Without a question it gives logits, as before."""
-    logits_of, tile = head.forward, max(1, LOGITS_PER_TILE // vocabulary)
+def use(head: nn.Module, vocabulary: int, at_once: bool = True) -> None:
+    """Teach a head to answer. Without a question it gives logits, as before.
+
+    `at_once`: may a trained head's gradient be taken within its forward pass, where all losses count alike? Else as in preferences.
+    """
+    logits_of, most = head.forward, max(1, LOGITS_PER_TILE // vocabulary)
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         question = _question.get()
@@ -66,10 +74,11 @@ def use(head: nn.Module, vocabulary: int) -> None:
         question.answered = True
         tokens = hidden.flatten(0, -2).index_select(0, question.places)
         trained = [p for p in head.parameters() if p.requires_grad]
-        if not torch.is_grad_enabled() or (trained and not question.summed):  # their gradient is a sum that must wait for the factors
-            losses = _losses(tokens, question.targets, logits_of, tile)
-        else:
+        tile = min(most, TRAINED_TILE) if trained and _computed_in(tokens) != torch.float32 else most
+        if torch.is_grad_enabled() and (not trained or (at_once and question.summed)):
             losses = _Losses.apply(tokens, question.targets, logits_of, tile, *trained)
+        else:
+            losses = _losses(tokens, question.targets, logits_of, tile)
         return losses.sum()[None, None, None] if question.summed else losses[None, :, None]
 
     assert "forward" not in vars(head), "somebody else has changed this head's forward pass"
@@ -80,10 +89,22 @@ def stop_using(head: nn.Module) -> None:
     del head.forward
 
 
+def _computed_in(tokens: Tensor) -> torch.dtype:
+    kind = tokens.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+
+
 def _losses(tokens: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor], tile: int) -> Tensor:
-    """The loss of each token, in nats. [tokens] float32"""
+    """The loss of each token, in nats. [tokens] float32
+
+    With gradients on, its graph keeps the hidden states alone: a tile's logits are computed again when their gradient is asked for.
+    """
+
+    def of_tile(x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits_of(x).float(), y, reduction="none")
+
     tiles = zip(tokens.split(tile), targets.split(tile), strict=True)
-    return torch.cat([nn.functional.cross_entropy(logits_of(x).float(), y, reduction="none") for x, y in tiles])
+    return torch.cat([checkpoint(of_tile, x, y, use_reentrant=False) for x, y in tiles])
 
 
 class _Losses(torch.autograd.Function):
@@ -95,9 +116,7 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor], tile: int, *trained: Tensor) -> Tensor:
-        computed_in = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else tokens.dtype
-        scale = FP16_SCALE if computed_in == torch.float16 and not trained else 1.0
-        tile = min(tile, TRAINED_TILE) if trained and computed_in != torch.float32 else tile
+        scale = FP16_SCALE if _computed_in(tokens) == torch.float16 and not trained else 1.0
         needs_tokens = ctx.needs_input_grad[0]  # not where the head alone is trained
         losses = torch.empty(len(tokens), device=tokens.device)
         of_tokens = torch.empty_like(tokens) if needs_tokens else None
