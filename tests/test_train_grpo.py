@@ -31,7 +31,7 @@ from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.run_folder import Run
 from qlora_suite.samples import Sampler
 from qlora_suite.selection import Counts, selected
-from qlora_suite.train_prompts import prompt_length, read_prompts
+from qlora_suite.train_prompts import prompt_lengths, read_prompts
 from qlora_suite.trainable import build_model
 
 CPU = torch.device("cpu")
@@ -76,6 +76,10 @@ def all_samples(run: Path) -> list[dict[str, Any]]:
 # --- prompts
 
 
+def lengths_of_prompts(rows: Rows) -> list[int]:
+    return [length for batch in rows.batches() for length in prompt_lengths(batch["supervised"]).tolist()]
+
+
 @pytest.mark.parametrize("format", ["oasst", "human_assistant", "llama2", "chatml"])
 def test_a_prompt_is_what_a_model_is_given_to_answer(make_recipe: MakeRecipe, format: str) -> None:
     """Of every row: the ids before its last learnt answer are those of `Renderer.prompt` for the turns before it."""
@@ -83,13 +87,14 @@ def test_a_prompt_is_what_a_model_is_given_to_answer(make_recipe: MakeRecipe, fo
     manifest, folder = load_manifest(values), Path(values.data.prepared)
     renderer = Renderer(run_facts.prepared_tokenizer(folder), values.chat, RoleMarkers.from_json(manifest["role_markers"]))
     rows, several = Rows(folder / "train.arrow"), 0
+    lengths = lengths_of_prompts(rows)
     with selected(values) as selection:
         conversations = {one.key: one for one in trimmed(selection.splits["train"], Counts())}
     for number in range(len(rows)):
         conversation, row = conversations[rows.examples(number)[0]], rows[number]
         starts = {turn.index: turn.start for turn in renderer.render(conversation).turns if turn.learn}
         last = max(index for index, start in starts.items() if start < len(row["input_ids"]))
-        assert row["input_ids"][: prompt_length(row)].tolist() == renderer.prompt(conversation.turns[:last])
+        assert row["input_ids"][: lengths[number]].tolist() == renderer.prompt(conversation.turns[:last])
         several += last > 1
     assert several > 5, "no conversation of several answers was among them"
     assert len(rows) > 50
@@ -97,11 +102,11 @@ def test_a_prompt_is_what_a_model_is_given_to_answer(make_recipe: MakeRecipe, fo
 
 def test_prompts_are_asked_once_each_and_long_ones_are_counted(recipe: Path) -> None:
     rows = Rows(Path(load(recipe).data.prepared) / "train.arrow")
-    of_rows = [rows[number]["input_ids"][: prompt_length(rows[number])].tolist() for number in range(len(rows))]
+    of_rows = [rows[number]["input_ids"][:length].tolist() for number, length in enumerate(lengths_of_prompts(rows))]
     distinct = list(dict.fromkeys(map(tuple, of_rows)))
     found = read_prompts(rows, longest=100)
     assert [tuple(prompt) for prompt in found] == [ids for ids in distinct if len(ids) <= 100]
-    assert found.lengths == [len(prompt) for prompt in found]
+    assert found.lengths.tolist() == [len(prompt) for prompt in found]
     assert found.num_too_long == sum(len(ids) > 100 for ids in of_rows) > 0
     assert found.num_asked_before == len(of_rows) - found.num_too_long - len(found) > 0
     assert str(found) == f"{len(found)} of {len(rows)} rows, {found.num_asked_before} the same as another, {found.num_too_long} too long"

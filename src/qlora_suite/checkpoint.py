@@ -84,6 +84,8 @@ class State:
     """What it was computed in."""
     micro_batch: dict[str, Any] | None = None
     """`rows`, `tokens` and `checkpointing` (share of the layers) of a forward pass, as found by trial."""
+    answers_at_once: int | None = None
+    """Of GRPO: how many a process samples in one batch; None: all that a step wants, for memory was never short."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Curve keys of the recipe, hash of the data, hash of the base."""
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -121,6 +123,7 @@ GOOD: dict[str, Callable[[Any], bool]] = {
     "norms": lambda value: isinstance(value, list) and all(_is_number(norm) and norm >= 0 for norm in value),
     "precision": lambda value: isinstance(value, str),
     "micro_batch": _is_row_limit,
+    "answers_at_once": lambda value: value is None or _is_count(value, 1),
     "identity": lambda value: isinstance(value, dict),
     "scaler": _is_scale,
     "optimizer_numbers": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
