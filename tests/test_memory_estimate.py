@@ -211,7 +211,7 @@ def test_the_card_decides_micro_batch_and_checkpointing_as_the_trial_would(
     parts = stored(skeleton, "adamw", compatibility.ONE, 1)
     held = sum(part.bytes for part in parts)
     once = functools.cache(lambda rows, share: traced(skeleton, rows, LENGTH, share))
-    monkeypatch.setattr(memory_estimate, "traced", lambda _skeleton, rows, _length, share, _cuda: once(rows, share))
+    monkeypatch.setattr(memory_estimate, "traced", lambda _skeleton, rows, _length, share, *_: once(rows, share))
     ways = by_speed(recipe.train, 4, LENGTH)
     needs = {way: once(*way).total for way in ways}
 
