@@ -114,7 +114,7 @@ def preflight(
         if recipe.grpo is not None:
             try:
                 prompts = read_prompts(rows, recipe.data.max_length - recipe.grpo.max_new_tokens, visible=True)
-                findings.append(checks.prompts_finding(recipe, prompts))
+                findings.append(checks.prompts_finding(recipe, prompts, base_config))
             except ValueError as error:
                 findings.append(refused("prompts", error))
             lengths = None if prompts is None else prompts.lengths
@@ -142,7 +142,7 @@ def preflight(
                 sampled = memory_estimate.sampled(skeleton, parts, where.engine, per_rank, longest_prompt, longest, memory, where.cpu)
                 findings.append(checks.sampling_finding(recipe, sampled, per_rank, longest, memory))
             except (RuntimeError, TypeError, AttributeError) as error:  # a model whose cache cannot be made without memory
-                text = f"not estimated, for {type(skeleton.base).__name__} cannot be run without memory: {str(error).splitlines()[0]}"
+                text = f"not estimated, for {type(skeleton.base).__name__} cannot generate without memory ({type(error).__name__})"
                 findings.append(Finding("look", "sampling", text, "memory that is short is found by trial: fewer answers at once"))
         loss = memory_estimate.loss_of(recipe)
         estimate = memory_estimate.suggested(skeleton, parts, recipe.train, per_rank, longest, memory, where.cpu, loss)
@@ -170,14 +170,8 @@ def preflight(
 
     table = module_table.rows(skeleton) if skeleton else []
     on = card.name if card else "CPU" if where.cpu else "unknown card"
-    show(
-        console,
-        f"preflight: {recipe.command_line} on {on} ({config})",
-        table,
-        estimate,
-        memory,
-        how if sampled is None else f"{how}, of learning",
-    )
+    of_what = how if sampled is None else f"{how}, while it learns"
+    show(console, f"preflight: {recipe.command_line} on {on} ({config})", table, estimate, memory, of_what)
     show_findings(console, findings)
     if json_file:
         values = {"recipe": recipe.command_line, "config": str(config), "card": asdict(card) if card else None, "engine": where.engine}

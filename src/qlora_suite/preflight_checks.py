@@ -296,17 +296,20 @@ def coverage_finding(recipe: Recipe, skeleton: Skeleton) -> Finding:
 def data_findings(recipe: Recipe, manifest: Mapping[str, Any], rows: Rows, dev: Rows, config: PreTrainedConfig) -> list[Finding]:
     """Of prepared data that is whole and this recipe's: the template, what is learnt, lengths."""
     counts = manifest["counts"]["train"]
-    found = [_template(recipe, manifest), _ends(recipe, manifest, rows)]
-    share = rows.num_supervised.sum() / max(1, rows.lengths.sum())
-    level: Level = "fail" if share == 0 else "look" if share < LITTLE_SUPERVISED else "ok"
-    remedy = "" if level == "ok" else "look at the example that prepare_data.py prints; chat.loss_on and data.learn_after decide it"
-    found.append(Finding(level, "supervised", f"{share:.1%} of {int(rows.lengths.sum()):,} tokens are learnt", remedy))
-    found.append(_lengths(recipe, rows, config, counts))
-    found.append(_cut(recipe, counts))
+    found = [_template(recipe, manifest), _lengths(recipe, rows, config, counts)]
+    if recipe.grpo is None:  # which learns from no answer that stands there
+        found += [_ends(recipe, manifest, rows), _supervised(rows), _cut(recipe, counts)]
     found.append(caught("development", lambda: _dev(recipe, dev)))
     servable, because = run_facts.servable_as(recipe, manifest)
     found.append(Finding("ok", "servable", f"as {'an adapter' if servable == 'adapter' else servable}: {because}"))
     return found
+
+
+def _supervised(rows: Rows) -> Finding:
+    share = rows.num_supervised.sum() / max(1, rows.lengths.sum())
+    level: Level = "fail" if share == 0 else "look" if share < LITTLE_SUPERVISED else "ok"
+    remedy = "" if level == "ok" else "look at the example that prepare_data.py prints; chat.loss_on and data.learn_after decide it"
+    return Finding(level, "supervised", f"{share:.1%} of {int(rows.lengths.sum()):,} tokens are learnt", remedy)
 
 
 def _template(recipe: Recipe, manifest: Mapping[str, Any]) -> Finding:
@@ -381,13 +384,15 @@ def _dev(recipe: Recipe, dev: Rows) -> Finding:
     return Finding("ok", "development", f"{rows}, every {every} steps: the best checkpoint is the result")
 
 
-def prompts_finding(recipe: Recipe, prompts: Prompts) -> Finding:
-    """Which of the prepared rows GRPO asks."""
-    text = f"{prompts}; the longest has {int(prompts.lengths.max()):,} tokens"
+def prompts_finding(recipe: Recipe, prompts: Prompts, config: PreTrainedConfig) -> Finding:
+    """Which of the prepared rows GRPO asks, and whether base and data.max_length have room for them and their answers."""
+    longest, most = int(prompts.lengths.max()), recipe.grpo.max_new_tokens
+    text = f"{prompts}; the longest has {longest:,} tokens, and its answer up to {most:,}"
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if window and longest + most > window:
+        return Finding("look", "prompts", f"{text}, and the base was made for {window:,}", f"data.max_length={window}, and prepare again")
     if prompts.num_too_long > MANY_CUT * len(prompts.rows):
-        return Finding(
-            "look", "prompts", text, f"a lower grpo.max_new_tokens leaves them room in data.max_length: {recipe.data.max_length}"
-        )
+        return Finding("look", "prompts", text, "raise data.max_length, which prompt and answer share, or lower grpo.max_new_tokens")
     return Finding("ok", "prompts", text)
 
 
@@ -424,17 +429,14 @@ def memory_finding(estimate: Estimate, memory: int, measured: bool, recipe: Reci
 
 def sampling_finding(recipe: Recipe, found: Sampled, answers: int, longest: int, memory: int | None) -> Finding:
     """Of GRPO: how many of a process's `answers` are sampled at once, and in what memory?"""
-    many = f"{found.answers:,} of {answers:,} answers" if found.answers < answers else f"{answers:,} answers"
-    text = (
-        f"{size_text(found.total)} estimated for {many} of up to {longest:,} tokens at once, {size_text(found.cache)} of it keys and values"
-    )
+    many = f"{answers:,} answers" if found.answers == answers else f"{found.answers:,} of {answers:,} answers"
+    needs = f"{size_text(found.total)} estimated, {size_text(found.cache)} of it keys and values"
+    text = f"{many} of up to {longest:,} tokens at once: {needs}"
     if memory is not None and not fits(found, memory):
         shorter = f"grpo.max_new_tokens={max(1, recipe.grpo.max_new_tokens // 2)}"
-        return Finding("fail", "sampling", f"{text}: it does not fit", f"{shorter}, or a larger card")
+        return Finding("fail", "sampling", f"{text}; it does not fit", f"{shorter}, or a larger card")
     if found.answers < answers:
-        return Finding(
-            "look", "sampling", f"{text}: the rest in turn", "a larger card, more processes or a lower grpo.max_new_tokens is faster"
-        )
+        return Finding("look", "sampling", text, "fewer at once take longer: more memory, or a lower grpo.max_new_tokens, helps")
     return Finding("ok", "sampling", text)
 
 
@@ -523,10 +525,12 @@ def sampled_time_finding(
         return None, Finding("look", "time", text, "--rate RUN takes that of an earlier run of GRPO; 20 steps make one")
     speed = rate.tokens * where.processes
     if rate.answer_tokens is None:
-        passes = config.updates + (1 / (2 + checkpointing) if config.beta else 0)  # the reference's is one of a step's 2 (3) passes
-        tokens = round(answers * (of_prompt + config.max_new_tokens) * passes)
-        text = f"up to {clock(tokens / speed)} for the training passes of {what}, at {speed:,.0f} tokens/s ({rate.source}); sampling, mostly more"
-        return None, Finding("look", "time", f"{text}, comes on top", "--rate RUN takes that of an earlier run of GRPO; 20 steps make one")
+        # forward, backward and a share of forward again is what the rate is of; the reference goes forward once
+        passes = config.updates + (1 / (2 + checkpointing) if config.beta else 0)
+        seconds = answers * (of_prompt + config.max_new_tokens) * passes / speed
+        text = f"up to {clock(seconds)} for the training passes of {what}, at {speed:,.0f} tokens/s ({rate.source})"
+        remedy = "sampling comes on top: --rate RUN takes the rate of an earlier run of GRPO; 20 steps make one"
+        return None, Finding("look", "time", f"{text}; what sampling takes is not known", remedy)
     each = of_prompt + min(rate.answer_tokens, config.max_new_tokens)
     tokens = round(answers * each)
     text = f"{clock(tokens / speed)} for {what} x {each:,.0f} tokens = {tokens:,}, at {speed:,.0f} tokens/s ({rate.source})"
