@@ -139,8 +139,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         # Another micro-batch rounds otherwise, and the model that comes of it samples other answers: a resumed run keeps its own.
         if recipe.train.micro_batch == "auto" and state.micro_batch:
             limit = Limit(rows=state.micro_batch["rows"], tokens=state.micro_batch["tokens"])
-            asked = recipe.train.gradient_checkpointing
-            checkpointing = float(state.micro_batch["checkpointing"] if asked == "auto" else asked)
+            wanted = recipe.train.gradient_checkpointing  # which changes no number
+            checkpointing = float(state.micro_batch["checkpointing"] if wanted == "auto" else wanted)
         else:
             limit, checkpointing = choose(
                 recipe.train,
@@ -281,7 +281,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 state.answers_at_once = sampler.at_once = min(filter(None, sizes), default=None)  # from now on the same on all ranks
                 if journal is not None:
                     journal.add(next(filter(None, records)))
-                    with contextlib.suppress(OSError):  # it is made from samples.jsonl, whole, each time
+                    with contextlib.suppress(OSError):  # it is made anew each time
                         samples.write_page(run.path / "samples.md", journal.records)
                 note = f"reward {means['reward']:.3f}  finished {means['finished']:.0%}  {means['words']:.0f} words"
                 bar.advance(state.step, f"{note}  {state.tokens / state.seconds:,.0f} tokens/s")
@@ -297,6 +297,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 if outcome:
                     break
 
+        if journal is not None and not journal.flush():
+            say(f"samples.jsonl LACKS its last lines ({journal.error}); the same command does not write them again")
         with watch.allow("writing the result"):
             run.end(state, net, tokenizer, outcome, stop)
 

@@ -35,6 +35,7 @@ from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.run_folder import Run
 from qlora_suite.samples import Sampler
 from qlora_suite.selection import Counts, selected
+from qlora_suite.tracking import Journal
 from qlora_suite.train_prompts import prompt_lengths, read_prompts
 from qlora_suite.trainable import build_model
 from qlora_suite.watchdog import Watchdog
@@ -249,6 +250,31 @@ def test_what_a_person_can_look_at(whole: Path) -> None:
     assert page.index(f"## Step {STEPS}") < page.index("## Step 1\n")
     assert "advantage +" in page
     assert "ran into the limit" in page
+
+
+def test_samples_that_a_full_disk_does_not_take_are_written_when_it_does(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, append, failed = recipe.parent / "full", Journal._append, []
+
+    def full(self: Journal, text: str) -> None:
+        if self.path.name == "samples.jsonl" and len(self.records) == 2 and not failed:
+            failed.append(text)
+            raise OSError("no space left on device")
+        append(self, text)
+
+    monkeypatch.setattr(Journal, "_append", full)
+    train(recipe, f"output.dir={run}", "train.max_steps=2", "previews.prompts=[]", by="train_grpo")
+    assert failed
+    assert column(all_samples(run), "step") == [1, 2]
+
+
+def test_steps_in_which_nothing_is_learnt_say_nothing_of_what_a_gradient_usually_is(recipe: Path) -> None:
+    """All answers are worth the same. The first step that teaches would else be called a spike, and left out where a recipe says so."""
+    own = recipe.parent / "same.py"
+    own.write_text("def same(answer):\n    return 1.0\n")
+    same = (f"grpo.rewards=[{{path: '{own}:same'}}]", "grpo.beta=0", "train.max_steps=2", "previews.prompts=[]")
+    run = train(recipe, f"output.dir={recipe.parent}/same", *same, by="train_grpo")
+    assert column(metrics(run), "grad_norm") == [0, 0]
+    assert read_json(run / "checkpoints" / "step-000002" / "state.json")["norms"] == []
 
 
 def test_the_reference_is_the_adapter_that_it_starts_from(recipe: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
