@@ -267,14 +267,21 @@ def test_samples_that_a_full_disk_does_not_take_are_written_when_it_does(recipe:
     assert column(all_samples(run), "step") == [1, 2]
 
 
-def test_steps_in_which_nothing_is_learnt_say_nothing_of_what_a_gradient_usually_is(recipe: Path) -> None:
-    """All answers are worth the same. The first step that teaches would else be called a spike, and left out where a recipe says so."""
-    own = recipe.parent / "same.py"
-    own.write_text("def same(answer):\n    return 1.0\n")
-    same = (f"grpo.rewards=[{{path: '{own}:same'}}]", "grpo.beta=0", "train.max_steps=2", "previews.prompts=[]")
-    run = train(recipe, f"output.dir={recipe.parent}/same", *same, by="train_grpo")
-    assert column(metrics(run), "grad_norm") == [0, 0]
-    assert read_json(run / "checkpoints" / "step-000002" / "state.json")["norms"] == []
+def test_a_run_whose_first_answers_are_all_worth_the_same_goes_on(recipe: Path) -> None:
+    """Its first checkpoint holds an adapter that has learnt nothing, and a gradient of 0 is not what a later one is a spike beside."""
+    own = recipe.parent / "late.py"
+    own.write_text(
+        f"seen = []\n{LETTERS}\ndef late(answer):\n    seen.append(answer)\n    return letters(answer) if len(seen) > 32 else 1\n"
+    )
+    late = (f"grpo.rewards=[{{path: '{own}:late'}}]", "grpo.beta=0", "grpo.updates=1", "train.max_steps=3", "previews.prompts=[]")
+    run = train(recipe, f"output.dir={recipe.parent}/late", *late, by="train_grpo")
+    norms = column(metrics(run), "grad_norm")
+    assert norms[:2] == [0, 0]
+    assert norms[2] > 0
+    weights = load_file(run / "checkpoints" / "step-000002" / FINAL.name)
+    assert not any(weights[name].any() for name in weights if "lora_B" in name)
+    known = [read_json(run / "checkpoints" / f"step-{step:06d}" / "state.json")["norms"] for step in (2, 3)]
+    assert known == [[], norms[2:]]
 
 
 def test_the_reference_is_the_adapter_that_it_starts_from(recipe: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ class State:
     black_boxes: int = 0
     """Steps that have left one."""
     norms: list[float] = field(default_factory=list)
-    """Gradient norms of the last steps that were applied, against which a spike is told."""
+    """Gradient norms of the last steps that were applied, against which a spike is told; none of 0, from which nothing is learnt."""
     best: dict[str, float] | None = None
     """`step` and `loss` (nats a token) of the best evaluation on the development split."""
     evaluations_without_gain: int = 0
@@ -244,7 +244,7 @@ def save(
         if isinstance(model, PeftModel):
             write_adapter_config(model, aside, *base)
         write_tensors({k: v.contiguous() for k, v in learnt.weights.items()}, aside / learnt.file)
-        check_weights(aside / learnt.file, learnt.weights, trained=state.step > state.skipped_steps)
+        check_weights(aside / learnt.file, learnt.weights, trained=bool(state.norms))
         write_tensors(learnt.optimizer, aside / OPTIMIZER)
         with errors_name(aside):
             tokenizer.save_pretrained(aside)
