@@ -24,7 +24,7 @@ from same_run import FINAL, assert_same, curve, snapshot, state_of
 from qlora_suite import compatibility, generation, grpo, loss, micro_batch, reference_weights, run_facts, samples
 from qlora_suite.chat import Renderer
 from qlora_suite.checkpoint import State
-from qlora_suite.dataset import Rows, load_manifest
+from qlora_suite.dataset import Rows, load_manifest, write_row_batches
 from qlora_suite.files import read_json
 from qlora_suite.preemption import REQUEST
 from qlora_suite.preparation import trimmed
@@ -133,6 +133,16 @@ def test_prompts_are_asked_once_each_and_long_ones_are_counted(recipe: Path) -> 
     assert str(found) == f"{len(found)} of {len(rows)} rows, {found.num_asked_before} the same as another, {found.num_too_long} too long"
     with pytest.raises(ValueError, match=r"every prompt of .* has more than 3 tokens"):
         read_prompts(rows, longest=3)
+
+
+def test_prompts_do_not_depend_on_how_many_rows_were_written_together(recipe: Path, tmp_path: Path) -> None:
+    rows = Rows(Path(load(recipe).data.prepared) / "train.arrow")
+    (whole,) = rows.batches()
+    write_row_batches(tmp_path / "train.arrow", [whole.slice(start, 7) for start in range(0, len(rows), 7)])
+    expected, found = read_prompts(rows, 100), read_prompts(Rows(tmp_path / "train.arrow"), 100)
+    assert list(found) == list(expected)
+    assert found.row_numbers.tolist() == expected.row_numbers.tolist()
+    assert str(found) == str(expected)
 
 
 # --- samples
