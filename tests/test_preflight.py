@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, MakeRecipe, run_script, write_recipe
 from in_process import metrics, prepared, script, train
 
-from qlora_suite import cards, module_table, preflight_checks, preflight_page
+from qlora_suite import cards, grpo, module_table, preflight_checks, preflight_page
 from qlora_suite.batches import Order
 from qlora_suite.dataset import Rows, load_manifest
 from qlora_suite.disk_space import need_of
@@ -368,9 +368,12 @@ def test_memory_of_grpo_is_of_the_answers_that_train_grpo_tries(
     monkeypatch.setattr(script("preflight").memory_estimate, "suggested", suggests)
     with pytest.raises(KeyboardInterrupt):
         train(asks, *overrides, f"output.dir={tmp_path / 'tried'}", by="train_grpo")
+    temperatures, log_probabilities = set(), grpo.log_probabilities
+    monkeypatch.setattr(grpo, "log_probabilities", lambda *given: temperatures.add(given[-1]) or log_probabilities(*given))
     good, found, page = look(*overrides, recipe=asks, config=CPU, card_name=None)
     assert good
     assert estimated == tried
+    assert temperatures == {load(asks, overrides).grpo.temperature}
     answers, longest = tried[0]
     assert page["sampling"]["answers"] == answers
     assert f"{answers} answers of up to {longest} tokens at once" in found["sampling"].text
