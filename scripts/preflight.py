@@ -47,6 +47,7 @@ from qlora_suite.model import load_config
 from qlora_suite.preflight_checks import Finding, caught, refused
 from qlora_suite.preflight_page import page_console, show, show_findings
 from qlora_suite.recipe import Recipe
+from qlora_suite.train_prompts import read_prompts
 
 
 def preflight(
@@ -85,7 +86,7 @@ def preflight(
     findings += filter(None, [checks.compiler_finding(where), compiles, checks.trackers_finding(recipe)])
 
     # ---- what: base, prepared data, adapter ---------------------------------------------------------------------------------
-    base_config = skeleton = manifest = rows = order = None
+    base_config = skeleton = manifest = rows = prompts = order = None
     try:
         accelerate_config.check_base(recipe)
         base_config = load_config(recipe.model)
@@ -108,25 +109,48 @@ def preflight(
         except ValueError as error:
             findings.append(refused("adapter", error))
     if rows is not None and base_config is not None:
-        train = recipe.train
-        order = Order(recipe.seed, rows.lengths, train.rows_per_step, train.epochs, train.max_steps, not recipe.data.packing)
         findings += checks.data_findings(recipe, manifest, rows, dev, base_config)
-        findings += checks.remark_findings(recipe, rows, order)
+        lengths = rows.lengths
+        if recipe.grpo is not None:
+            try:
+                prompts = read_prompts(rows, recipe.data.max_length - recipe.grpo.max_new_tokens, visible=True)
+                findings.append(checks.prompts_finding(recipe, prompts, base_config))
+            except ValueError as error:
+                findings.append(refused("prompts", error))
+            lengths = None if prompts is None else prompts.lengths
+        if lengths is not None:
+            train = recipe.train
+            order = Order(recipe.seed, lengths, train.rows_per_step, train.epochs, train.max_steps, not recipe.data.packing)
+            findings += checks.remark_findings(recipe, order)
 
     # ---- does it fit, and how long does it take -----------------------------------------------------------------------------
-    estimate, how = None, "estimated"
+    estimate, sampled, how = None, None, "estimated"
     if skeleton is not None:
-        longest = int(rows.lengths.max()) if rows is not None else recipe.longest_row
+        per_rank = max(1, recipe.train.rows_per_step // where.processes)
         parts = memory_estimate.stored(skeleton, recipe.optim.name, where.engine, where.processes)
         parts += memory_estimate.copies(skeleton, where.engine, memory)
         if where.engine == compatibility.ZERO3:  # which gathers the weights of one module at a time
             skeleton = replace(skeleton, speed=skeleton.speed.model_copy(update={"lora": "plain"}))
-        per_rank = max(1, recipe.train.rows_per_step // where.processes)
-        estimate = memory_estimate.suggested(skeleton, parts, recipe.train, per_rank, longest, memory, where.cpu)
-        possible = rows is not None and named is None and where.engine in (compatibility.ONE, compatibility.DDP)
+        if recipe.grpo is None:
+            longest = int(rows.lengths.max()) if rows is not None else recipe.longest_row
+        else:
+            per_rank *= recipe.grpo.group_size
+            longest_prompt = recipe.data.max_length - recipe.grpo.max_new_tokens if prompts is None else int(prompts.lengths.max())
+            longest = longest_prompt + recipe.grpo.max_new_tokens
+            parts += [memory_estimate.reference(skeleton)] if recipe.grpo.beta else []
+            try:
+                sampled = memory_estimate.sampled(skeleton, parts, where.engine, per_rank, longest_prompt, longest, memory, where.cpu)
+                findings.append(checks.sampling_finding(recipe, sampled, per_rank, longest, memory))
+            except (RuntimeError, TypeError, AttributeError) as error:  # a model whose cache cannot be made without memory
+                text = f"not estimated, for {type(skeleton.base).__name__} cannot generate without memory ({type(error).__name__})"
+                findings.append(Finding("look", "sampling", text, "memory that is short is found by trial: fewer answers at once"))
+        loss = memory_estimate.loss_of(recipe)
+        estimate = memory_estimate.suggested(skeleton, parts, recipe.train, per_rank, longest, memory, where.cpu, loss)
+        possible = order is not None and named is None and where.engine in (compatibility.ONE, compatibility.DDP)
         if (measure or (card is not None and torch.cuda.is_available())) and possible and all(f.level != "fail" for f in findings):
             device = torch.device("cpu") if where.cpu or card is None else torch.device("cuda", 0)
-            estimate, how = measured_step.measure(recipe, manifest, rows, dtype, device, per_rank, parts, estimate), "measured"
+            estimate = measured_step.measure(recipe, manifest, rows, dtype, device, per_rank, longest, parts, estimate)
+            how = "measured"
         elif measure:
             why = "it wants prepared data, no --card, one process or DDP, and nothing red above"
             findings.append(Finding("look", "measure", f"--measure had no effect: {why}", "see the lines above"))
@@ -135,7 +159,10 @@ def preflight(
         findings.append(caught("disk", lambda: checks.disk_finding(recipe, skeleton)))
     if order is not None:
         rate = rate or checks.known_rate(recipe, skeleton, where, card, estimate)
-        seconds, finding = checks.time_finding(order, rate, where, card)
+        if recipe.grpo is None:
+            seconds, finding = checks.time_finding(order, rate, where, card)
+        else:
+            seconds, finding = checks.sampled_time_finding(recipe, order, rate, where, card, estimate.checkpointing if estimate else 0.0)
         findings.append(finding)
         if limit is not None:
             findings.append(checks.limit_finding(seconds, limit))
@@ -143,12 +170,14 @@ def preflight(
 
     table = module_table.rows(skeleton) if skeleton else []
     on = card.name if card else "CPU" if where.cpu else "unknown card"
-    show(console, f"preflight: {recipe.command_line} on {on} ({config})", table, estimate, memory, how)
+    of_what = how if sampled is None else f"{how}, while it learns"
+    show(console, f"preflight: {recipe.command_line} on {on} ({config})", table, estimate, memory, of_what)
     show_findings(console, findings)
     if json_file:
         values = {"recipe": recipe.command_line, "config": str(config), "card": asdict(card) if card else None, "engine": where.engine}
         values |= {"processes": where.processes, "modules": [asdict(row) for row in table], "how": how, "memory_of_card": memory}
-        values |= {"memory": {**asdict(estimate), "total": estimate.total} if estimate else None, "findings": [asdict(f) for f in findings]}
+        values |= {"memory": {**asdict(estimate), "total": estimate.total} if estimate else None}
+        values |= {"sampling": asdict(sampled) if sampled else None, "findings": [asdict(f) for f in findings]}
         write_json(json_file, values)
     return all(finding.level != "fail" for finding in findings)
 

@@ -54,7 +54,7 @@ from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import check_dev_rows, dev_loss, dev_rows
 from qlora_suite.generation import preview
 from qlora_suite.loss import Batch, collate, summed_loss
-from qlora_suite.micro_batch import choose, is_out_of_memory, set_checkpointing, try_longest
+from qlora_suite.micro_batch import choose, is_out_of_memory, longest_batch, set_checkpointing, try_step
 from qlora_suite.preemption import StopRequest
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Recipe
@@ -147,7 +147,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         # ---- how much fits at once ------------------------------------------------------------------------------------------
         def trial(num_rows: int, share: float) -> None:
             watch.beat(f"the trial of {num_rows} rows")
-            try_longest(net, base, rows, num_rows, share, recipe.dpo, dtype, accelerator.device)
+            batch = longest_batch(rows, num_rows, recipe.dpo).to(accelerator.device)
+            try_step(net, base, share, lambda: summed_loss(net, batch)[0], dtype, accelerator.device)
 
         # Dropout draws its noise by micro-batch: there, and only there, a resumed run keeps the one that it began with.
         if recipe.draws_noise and recipe.train.micro_batch == "auto" and state.micro_batch:

@@ -44,13 +44,13 @@ from qlora_suite import (
 )
 from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
-from qlora_suite.batches import EMPTY, Order, check_division
+from qlora_suite.batches import EMPTY, Limit, Order
 from qlora_suite.chat import Renderer
-from qlora_suite.engine import autocast, engine_for, name_of
+from qlora_suite.engine import engine_for, name_of
 from qlora_suite.engine import start as start_engine
 from qlora_suite.generation import preview
 from qlora_suite.loss import collate
-from qlora_suite.micro_batch import choose, is_out_of_memory, set_checkpointing
+from qlora_suite.micro_batch import choose, is_out_of_memory, set_checkpointing, try_step
 from qlora_suite.preemption import StopRequest
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Recipe
@@ -80,8 +80,9 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         manifest = dataset.load_manifest(recipe, verify=verify_data and accelerator.is_main_process)
         folder = Path(recipe.data.prepared)
         remark = start_from.check_recipe(recipe, manifest)
-        check_division(recipe.train.rows_per_step, world, "auto")
-        prompts = read_prompts(dataset.Rows(folder / "train.arrow"), recipe.data.max_length - config.max_new_tokens)
+        answers_each = grpo.answers_of_a_process(recipe, world)
+        rows, longest_prompt = dataset.Rows(folder / "train.arrow"), recipe.data.max_length - config.max_new_tokens
+        prompts = read_prompts(rows, longest_prompt, visible=accelerator.is_main_process)
     order = Order(
         seed=recipe.seed,
         lengths=prompts.lengths,
@@ -114,34 +115,36 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         with watch.allow("loading the base", minutes=hung_after * world):
             with taking_turns(accelerator):
                 net, base = build_model(recipe, manifest, dtype, accelerator.device)
-                reference = reference_weights.kept(net)  # as the run begins, whatever a checkpoint holds
+                reference = reference_weights.kept(net) if config.beta else None  # as the run begins, whatever a checkpoint holds
                 watch.beat("the trial of the faster ways")
                 paths = fast_paths.take(net, base, recipe.speed, dtype, recipe.data.max_length, packed=False, engine=name_of(accelerator))
             state = run.resume(net, identity, run_facts.rounding(recipe, dtype))
         net.train()
-        longest = max(prompts.lengths) + config.max_new_tokens
+        longest = int(prompts.lengths.max()) + config.max_new_tokens
 
-        def trial(num_rows: int, checkpointing: float) -> None:
-            """Does this micro-batch fit? Tried on the longest answers to the longest prompts."""
-            watch.beat(f"the trial of {num_rows} answers")
-            set_checkpointing(base, checkpointing)
-            row = {"input_ids": [pad_id] * longest, "supervised": [True] * longest, "lengths": [longest]}
-            try:
-                with autocast(accelerator.device, dtype):
-                    batch = collate([row] * num_rows, pad_id, all_supervised=True).to(accelerator.device)
-                    grpo.log_probabilities(net, batch, config.temperature).sum().backward()
-            finally:
-                net.zero_grad(set_to_none=True)
+        def trial(num_answers: int, share: float) -> None:
+            """Does this micro-batch fit? Tried on the longest answers to the longest prompts, every token supervised: beside prompts of
+            other lengths, the answer to one may stand anywhere.
+            """
+            watch.beat(f"the trial of {num_answers} answers")
+            batch = collate([samples.blank_row(longest)] * num_answers, pad_id, all_supervised=True).to(accelerator.device)
+            try_step(net, base, share, lambda: grpo.log_probabilities(net, batch, config.temperature).sum(), dtype, accelerator.device)
 
-        limit, checkpointing = choose(
-            recipe.train,
-            recipe.train.rows_per_step // world * config.group_size,
-            longest,
-            accelerator.device,
-            trial,
-            lambda largest: min(gathered(accelerator, largest)),
-            optimizer.state_bytes(net),
-        )
+        # Another micro-batch rounds otherwise, and the model that comes of it samples other answers: a resumed run keeps its own.
+        if recipe.train.micro_batch == "auto" and state.micro_batch:
+            limit = Limit(rows=state.micro_batch["rows"], tokens=state.micro_batch["tokens"])
+            wanted = recipe.train.gradient_checkpointing  # which changes no number
+            checkpointing = float(state.micro_batch["checkpointing"] if wanted == "auto" else wanted)
+        else:
+            limit, checkpointing = choose(
+                recipe.train,
+                answers_each,
+                longest,
+                accelerator.device,
+                trial,
+                lambda largest: min(gathered(accelerator, largest)),
+                optimizer.state_bytes(net),
+            )
         limit, checkpointing = run.within_memory(limit, checkpointing)
         state.micro_batch = {**asdict(limit), "checkpointing": checkpointing}
         set_checkpointing(base, checkpointing)
@@ -155,39 +158,45 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         say_once(f"prompts    {prompts}; {config.group_size} answers to each of {recipe.train.rows_per_step} in a step")
         say_once(f"rewards    {rewards.in_words(config.rewards)}")
         journal = Journal(run.path / "samples.jsonl", state.step) if run.main else None
-        sampler = Sampler(engine.unwrapped, renderer, config, judges, recipe.seed, accelerator.device, dtype)
+        sampler = Sampler(engine.unwrapped, renderer, config, judges, recipe.seed, accelerator.device, dtype, state.answers_at_once)
 
         def asked() -> bool:
-            """At each token: did the step take another bit of its time, and should the run end?"""
+            """At each token, and each answer that is judged: the step has taken another bit of its time; should the run end?"""
             watch.beat(f"answers at step {state.step + 1}")
             return stop.asked()
 
-        def backward_of(answers: list[Sample], num_answers: int, last: bool) -> torch.Tensor:
-            """Forward and backward pass of some answers. [3] float64: the sums of grpo.Measured."""
+        def backward_of(answers: list[Sample], num_answers: int, first: bool, last: bool) -> torch.Tensor:
+            """Forward and backward pass of one micro-batch. Returns its sums, on the device: the loss and grpo.MEASURES. [2 or 3] float64
+
+            `first`: in a step's first update nothing has been learnt since they were sampled, and ratios are 1.
+            """
             batch = collate([s.row for s in answers] or [None], pad_id).to(accelerator.device)
-            if any(s.reference is None for s in answers):
+            if first and reference is not None:
                 with reference():
                     samples.keep(answers, "reference", grpo.log_probabilities(engine.unwrapped, batch, config.temperature))
             with engine.accumulate(last):
                 now = grpo.log_probabilities(engine.model, batch, config.temperature)
-                if any(s.old is None for s in answers):  # the first update: nothing has been learnt since they were sampled
+                if first:
                     samples.keep(answers, "old", now)
-                measured = grpo.summed_loss(now, *samples.kept(answers, now.device), config.beta, config.clip)
+                before = samples.kept(answers, now.device, has_reference=reference is not None)
+                measured = grpo.summed_loss(now, *before, config.beta, config.clip)
                 engine.backward(measured.loss, num_answers)
-            return torch.stack([value.detach().double() for value in measured])
+            return torch.stack([value.detach().double() for value in measured if value is not None])
 
-        def gradients_of(answers: list[Sample], num_answers: int) -> torch.Tensor:
-            """Of this rank's answers, in micro-batches; what does not fit into memory is done again in smaller ones. [3]: as above."""
+        def gradients_of(answers: list[Sample], num_answers: int, first: bool) -> list[torch.Tensor]:
+            """Forward and backward pass of this rank's answers, in micro-batches. Returns the sums of each, as above. What does not fit
+            into memory is done again in smaller ones.
+            """
             nonlocal limit, checkpointing
             lengths = [s.num_tokens for s in answers]
             longest_first = sorted(range(len(answers)), key=lambda i: -lengths[i])
             while True:
-                micro, found = limit.cut(longest_first, lengths) or [[]], []  # a rank without a prompt exchanges gradients all the same
+                micro, sums = limit.cut(longest_first, lengths) or [[]], []  # a rank without a prompt exchanges gradients all the same
                 try:
                     for i, numbers in enumerate(micro):
                         watch.beat(f"step {state.step + 1}, micro-batch {i + 1}")
-                        found.append(backward_of([answers[n] for n in numbers], num_answers, last=i == len(micro) - 1))
-                    return torch.stack(found).sum(dim=0)
+                        sums.append(backward_of([answers[n] for n in numbers], num_answers, first, last=i == len(micro) - 1))
+                    return sums
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
@@ -220,35 +229,36 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
 
                 learning_rate = lr_at(step, recipe.optim, num_steps)
                 engine.set_lr(learning_rate)
-                sums, losses, norms, skipped_before = samples.sums(answers, judges), [], [], state.skipped_steps
-                for _ in range(config.updates):
-                    parts = gradients_of(answers, num_answers)
-                    loss_sum, grad_norm, *_ = engine.totals([parts[:1]])
-                    losses.append(loss_sum / num_answers)
-                    norms.append(grad_norm)
-                    found = anomaly(losses[-1], grad_norm, state.norms, recipe.optim.spike_ratio)
+                updates, skipped_before = [], state.skipped_steps
+                for update in range(config.updates):
+                    loss_sum, grad_norm, *measured = engine.totals(gradients_of(answers, num_answers, first=update == 0))
+                    loss = loss_sum / num_answers
+                    updates.append([loss, grad_norm, *measured])
+                    found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
                     applied = is_applied(found, recipe.optim)
-                    if found and not is_scale_search(found, losses[-1], dtype, engine.loss_scale(), state.skipped_in_a_row):
-                        run.add_anomaly(state, found, None, losses[-1], grad_norm, applied)
+                    if found and not is_scale_search(found, loss, dtype, engine.loss_scale(), state.skipped_in_a_row):
+                        run.add_anomaly(state, found, None, loss, grad_norm, applied)
                     engine.step(applied)
                     anomalies.count(state, grad_norm, applied)
                     if not applied:
                         with together(accelerator):
-                            limit_of, scale = recipe.train.max_skipped_steps, engine.loss_scale()
-                            rows = [prompts.places[number][0] for number in places.values()]
-                            check_skipped(state.skipped_in_a_row, limit_of, dtype, scale, found, rows)
-                    sums["kl"] += parts[1].item()
-                    sums["clipped"] += parts[2].item()
+                            step_rows = [int(prompts.row_numbers[number]) for number in places.values()]
+                            most, scale = recipe.train.max_skipped_steps, engine.loss_scale()
+                            check_skipped(state.skipped_in_a_row, most, dtype, scale, found, step_rows)
 
                 state.step = step + 1
+                sums = samples.sums(answers, judges)
                 total = dict(zip(sums, engine.sum_over_ranks(*sums.values()), strict=True))
-                means = samples.means(total, num_answers, config.updates)
+                means = samples.means(total, num_answers)
+                losses, norms, *measured = zip(*updates, strict=True)
+                tokens_learnt = total["answer_tokens"] * config.updates
                 seconds = time.monotonic() - step_began
                 state.tokens, state.seconds = state.tokens + int(total["tokens"]), state.seconds + seconds
                 run.add_metrics(
                     step=state.step,
-                    loss=sum(losses) / len(losses),
+                    loss=sum(losses) / config.updates,
                     **means,
+                    **{name: sum(values) / tokens_learnt for name, values in zip(grpo.MEASURES, measured, strict=False)},
                     learning_rate=learning_rate,
                     grad_norm=max(norms),
                     applied=state.skipped_steps == skipped_before,
@@ -261,10 +271,11 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 mine = [place for place in places if place % world == rank]
                 group = mine.index(shown) * config.group_size if shown in mine else None
                 record = None if group is None else samples.record(state.step, answers[group : group + config.group_size])
-                record = next(filter(None, gathered(accelerator, record)))
+                records, sizes = zip(*gathered(accelerator, (record, sampler.at_once)), strict=True)
+                state.answers_at_once = sampler.at_once = min(filter(None, sizes), default=None)  # from now on the same on all ranks
                 if journal is not None:
-                    journal.add(record)
-                    with contextlib.suppress(OSError):  # it is made from samples.jsonl, whole, each time
+                    journal.add(next(filter(None, records)))
+                    with contextlib.suppress(OSError):  # it is made anew each time
                         samples.write_page(run.path / "samples.md", journal.records)
                 note = f"reward {means['reward']:.3f}  finished {means['finished']:.0%}  {means['words']:.0f} words"
                 bar.advance(state.step, f"{note}  {state.tokens / state.seconds:,.0f} tokens/s")
@@ -280,6 +291,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 if outcome:
                     break
 
+        if journal is not None and not journal.flush():
+            say(f"samples.jsonl LACKS its last lines ({journal.error}); the same command does not write them again")
         with watch.allow("writing the result"):
             run.end(state, net, tokenizer, outcome, stop)
 

@@ -16,12 +16,15 @@ from transformers import PhiConfig, PhiForCausalLM
 from qlora_suite import cards, compatibility, fast_paths, memory_estimate, module_table, optimizer
 from qlora_suite.batches import Limit
 from qlora_suite.engine import autocast
+from qlora_suite.generation import decode
 from qlora_suite.loss import Batch, collate, summed_loss
-from qlora_suite.memory_estimate import measured, stored, suggested, traced
+from qlora_suite.memory_estimate import Component, LiveBytes, loss_of, measured, sampled, stored, suggested, traced, traced_sampling
 from qlora_suite.micro_batch import by_speed, set_checkpointing
 from qlora_suite.model import compute_dtype
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
+from qlora_suite.samples import blank_row
+from qlora_suite.sampling import Draw, Sampling
 from qlora_suite.trainable import build_model
 
 MARKERS = {"token_ids": [5, 9], "predicted": True}
@@ -180,6 +183,66 @@ def test_activations_and_peak_are_those_of_a_real_step(
     assert guess.total == pytest.approx(real.total, rel=PEAK)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["phi", "llama", "gemma2", "phi3"])
+@pytest.mark.parametrize(("rows", "prompt", "more"), [(6, 16, 48), (4, 60, 4)])  # the last token's peak, and the prompts'
+def test_what_sampling_takes_is_what_it_really_takes(
+    bases: dict[str, Path], tmp_path: Path, architecture: str, dtype: torch.dtype, rows: int, prompt: int, more: int
+) -> None:
+    recipe = recipe_of(tmp_path, bases[architecture], "speed.dequantize_once=false")
+    net, base = build_model(recipe, {"role_markers": MARKERS}, dtype, CPU)
+    fast_paths.take(net, base, recipe.speed, dtype, LENGTH, packed=False, engine=compatibility.ONE)
+    sampling, prompts = Sampling(1.0), [[7 + row] * prompt for row in range(rows)]
+    gc.collect()
+    known = [*tensors_of_base(base), *net.parameters(), *net.buffers()]
+    with LiveBytes(known) as live, autocast(CPU, dtype):
+        answers = decode(net, prompts, [0], more, draw=Draw(sampling, sampling.generators(prompts)))
+    assert max(map(len, answers)) == more
+    skeleton = module_table.build(recipe, MARKERS, dtype)
+    cache, peak = traced_sampling(skeleton, rows, prompt, prompt + more, cuda=False)
+    assert peak == pytest.approx(live.peak, rel=0.1)
+    config = base.config
+    heads, width = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if architecture != "gemma2":  # which keeps a window of some layers
+        assert cache == pytest.approx(2 * config.num_hidden_layers * heads * width * dtype.itemsize * rows * (prompt + more - 1), rel=0.01)
+    parts = [Component("gradients", 7, ""), Component("base", 100, "")]
+    by_itself = sampled(skeleton, parts, compatibility.ONE, rows, prompt, prompt + more, None, True)
+    assert (by_itself.answers, by_itself.cache, by_itself.total) == (rows, cache, peak + 100)
+
+
+def test_at_another_temperature_all_logits_are_there_at_once(bases: dict[str, Path], tmp_path: Path) -> None:
+    found = {}
+    for temperature in (1.0, 0.7):
+        grpo = f"grpo={{rewards: [{{name: no_repetition}}], max_new_tokens: 16, temperature: {temperature}}}"
+        recipe = recipe_of(tmp_path, bases["phi"], "data.packing=false", "speed.dequantize_once=false", grpo)
+        loss_sum = loss_of(recipe)
+        net, base = build_model(recipe, {"role_markers": MARKERS}, torch.float32, CPU)
+        fast_paths.take(net, base, recipe.speed, torch.float32, LENGTH, packed=False, engine=compatibility.ONE)
+        net.train()
+        set_checkpointing(base, 0.0)
+        batch = collate([blank_row(LENGTH)] * ROWS, 0, all_supervised=True)
+        loss_sum(net, batch).backward()
+        gc.collect()
+        real = measured(net, base.get_output_embeddings(), lambda net=net, batch=batch, loss_sum=loss_sum: loss_sum(net, batch))
+        guess = traced(module_table.build(recipe, MARKERS, torch.float32), ROWS, LENGTH, 0.0, False, loss_sum)
+        assert guess.total == pytest.approx(real.total, rel=PEAK)
+        found[temperature] = guess.loss
+    logits = ROWS * (LENGTH - 1) * base.config.vocab_size * 4
+    assert found[0.7] > 2 * logits
+
+
+def test_phi2_on_a_t4_samples_half_of_a_steps_answers_at_once(tmp_path: Path) -> None:
+    """Keys and values of a token by hand: 32 layers x 2 x 2,560 x 2 B = 320 KiB; of 64 answers with 768 tokens 15 GiB, all it has."""
+    recipe = load(ROOT / "recipes" / "phi2_concise_grpo.yaml", [f"model.base={phi2(tmp_path)}"])
+    skeleton = module_table.build(recipe, {"token_ids": [50295, 50296], "predicted": False}, torch.float16)
+    parts = [*stored(skeleton, "adamw", compatibility.ONE, 1), memory_estimate.reference(skeleton)]
+    found = sampled(skeleton, parts, compatibility.ONE, 64, 512, 768, cards.named("t4").memory, False)
+    assert found.answers == 32
+    assert found.cache == pytest.approx(32 * 768 * 320 * 1024, rel=0.01)
+    assert found.total - found.cache - sum(part.bytes for part in parts if part.name != "gradients") < 0.6 * 2**30
+    assert sampled(skeleton, parts, compatibility.DDP, 1, 512, 768, None, False).total > found.total * 0.2
+
+
 def saved_bytes(net: nn.Module, loss: object) -> int:
     """Of the tensors that autograd keeps, by its own hooks; weights and what is held in passing are not among them."""
     seen: dict[int, Tensor] = {}
@@ -211,7 +274,7 @@ def test_the_card_decides_micro_batch_and_checkpointing_as_the_trial_would(
     parts = stored(skeleton, "adamw", compatibility.ONE, 1)
     held = sum(part.bytes for part in parts)
     once = functools.cache(lambda rows, share: traced(skeleton, rows, LENGTH, share))
-    monkeypatch.setattr(memory_estimate, "traced", lambda _skeleton, rows, _length, share, _cuda: once(rows, share))
+    monkeypatch.setattr(memory_estimate, "traced", lambda _skeleton, rows, _length, share, *_: once(rows, share))
     ways = by_speed(recipe.train, 4, LENGTH)
     needs = {way: once(*way).total for way in ways}
 

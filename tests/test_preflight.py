@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, MakeRecipe, run_script, write_recipe
-from in_process import prepared, script, train
+from in_process import metrics, prepared, script, train
 
-from qlora_suite import cards, module_table, preflight_checks, preflight_page
+from qlora_suite import cards, grpo, module_table, preflight_checks, preflight_page
+from qlora_suite.batches import Order
 from qlora_suite.dataset import Rows, load_manifest
 from qlora_suite.disk_space import need_of
 from qlora_suite.files import read_json, write_json
@@ -328,6 +330,130 @@ def test_remarks_of_the_start_stand_on_the_page(look: Look) -> None:
     assert "warm-up" in look("optim.warmup_steps=1000", "train.max_steps=5")[1]["note"].text
 
 
+# ---- answers that are sampled -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def asks(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, oasst_file: Path) -> Path:
+    """A recipe of GRPO whose data is prepared."""
+    grpo = "grpo={rewards: [{name: no_repetition}], group_size: 4, max_new_tokens: 12}"
+    ours = ("data.packing=false", "chat.role_markers=text", "previews.prompts=[]", "train={rows_per_step: 4, max_steps: 8}", grpo)
+    return prepared(write_recipe(tmp_path_factory.mktemp("asks"), tiny_base, oasst_file, *ours))
+
+
+@pytest.fixture(scope="module")
+def has_asked(asks: Path) -> Path:
+    """Its run."""
+    return train(asks, f"output.dir={asks.parent / 'run'}", by="train_grpo")
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("grpo.group_size=6", "grpo.max_new_tokens=200"), ("train.rows_per_step=8", "grpo.temperature=0.7")]
+)
+def test_memory_of_grpo_is_of_the_answers_that_train_grpo_tries(
+    look: Look, asks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    tried, estimated = [], []
+    suggested = script("preflight").memory_estimate.suggested
+
+    def chooses(_: Any, answers: int, longest: int, *rest: Any) -> Any:
+        tried.append((answers, longest))
+        raise KeyboardInterrupt
+
+    def suggests(skeleton: Any, parts: Any, recipe: Any, answers: int, longest: int, *rest: Any) -> Any:
+        estimated.append((answers, longest))
+        return suggested(skeleton, parts, recipe, answers, longest, *rest)
+
+    monkeypatch.setattr(script("train_grpo"), "choose", chooses)
+    monkeypatch.setattr(script("preflight").memory_estimate, "suggested", suggests)
+    with pytest.raises(KeyboardInterrupt):
+        train(asks, *overrides, f"output.dir={tmp_path / 'tried'}", by="train_grpo")
+    temperatures, log_probabilities = set(), grpo.log_probabilities
+    monkeypatch.setattr(grpo, "log_probabilities", lambda *given: temperatures.add(given[-1]) or log_probabilities(*given))
+    good, found, page = look(*overrides, recipe=asks, config=CPU, card_name=None)
+    assert good
+    assert estimated == tried
+    assert temperatures == {load(asks, overrides).grpo.temperature}
+    answers, longest = tried[0]
+    assert page["sampling"]["answers"] == answers
+    assert f"{answers} answers of up to {longest} tokens at once" in found["sampling"].text
+    assert found.keys().isdisjoint({"supervised", "end token", "cut"}), "of answers that nobody learns"
+
+
+def test_the_reference_is_a_copy_of_what_is_trained_and_there_is_none_without_a_beta(look: Look, asks: Path, has_asked: Path) -> None:
+    with_beta, without = (look(f"grpo.beta={beta}", recipe=asks, config=CPU, card_name=None)[2]["memory"] for beta in (0.04, 0))
+    parts = {part["name"]: part["bytes"] for part in with_beta["components"]}
+    assert parts["reference"] == 4 * read_json(has_asked / "run.json")["parameters"]["trainable"]
+    assert "reference" not in {part["name"] for part in without["components"]}
+    assert with_beta["total"] - without["total"] == parts["reference"]
+
+
+def test_a_step_of_grpo_is_measured_where_the_hardware_is(look: Look, asks: Path) -> None:
+    page = look(recipe=asks, config=CPU, card_name=None, measure=True)[2]
+    guess = look(recipe=asks, config=CPU, card_name=None)[2]
+    assert (page["how"], guess["how"]) == ("measured", "estimated")
+    assert page["memory"]["limit"]["tokens"] == guess["memory"]["limit"]["tokens"]
+    assert guess["memory"]["total"] == pytest.approx(page["memory"]["total"], rel=0.05)
+
+
+def test_fewer_answers_are_sampled_at_once_on_a_small_card_and_none_on_one_that_is_too_small(look: Look, asks: Path) -> None:
+    whole = look(recipe=asks)[2]["sampling"]
+    more = ("grpo.max_new_tokens=200", "grpo.group_size=32")
+    all_of_them = look(*more, recipe=asks)[2]["sampling"]
+    assert (whole["answers"], all_of_them["answers"]) == (16, 128)
+    small = f"{(whole['total'] + all_of_them['total']) / 2 / 2**30}GiB"
+    _, found, page = look(*more, recipe=asks, card_name=small)
+    assert page["sampling"]["answers"] in (64, 32)
+    assert page["sampling"]["total"] <= 0.92 * page["memory_of_card"]
+    assert found["sampling"].level == "look"
+    assert f"{page['sampling']['answers']} of 128 answers" in found["sampling"].text
+    good, found, page = look(recipe=asks, card_name="0.0005GiB")
+    assert not good
+    assert (found["sampling"].level, page["sampling"]["answers"]) == ("fail", 1)
+    assert "grpo.max_new_tokens=6" in found["sampling"].remedy
+    assert "grpo.max_new_tokens=6" in found["memory"].remedy
+
+
+def test_hours_of_grpo_come_from_a_run_of_it(look: Look, asks: Path, has_asked: Path, finished: Path, ready: Path) -> None:
+    here = {"recipe": asks, "config": CPU, "card_name": None}
+    assert "8 steps x 16 answers of up to" in look(**here)[1]["time"].text
+    assert "no rate is known" in look(**here)[1]["time"].text
+    found = look(**here, rate_of=has_asked, time_limit="4:00:00")[1]
+    assert (found["time"].level, found["time limit"].level) == ("ok", "ok")
+    estimated = int(re.search(r"tokens = ([\d,]+)", found["time"].text)[1].replace(",", ""))
+    assert estimated == pytest.approx(metrics(has_asked)[-1]["tokens"], rel=0.1)
+    assert look(**here, rate_of=has_asked)[1]["time"].text.startswith("1 min for 8 steps x 16 answers")
+    alone = look(**here, rate_of=finished, time_limit="4:00:00")[1]  # it has learnt answers that were there
+    assert "what sampling takes is not known" in alone["time"].text
+    assert (alone["time"].level, alone["time limit"].level) == ("look", "look")
+    assert "sampled its answers" in look(recipe=ready, config=CPU, card_name=None, rate_of=has_asked)[1]["time"].remedy
+
+
+def test_training_passes_of_grpo_are_counted(asks: Path) -> None:
+    """Two updates, and the reference's forward pass: a half of a step without recomputing, a third of one with."""
+    recipe = load(asks, ["grpo.updates=2", "train.max_steps=100", "train.epochs=1000"])
+    order = Order(0, [50] * 40, 4, 1000.0, 100)
+    where = Place({}, "one process", 1, cpu=True)
+    rate = preflight_checks.Rate(62 * 16 * 100 / 3600, "x", "CPU")  # an hour for one pass over all answers
+    for beta, checkpointing, hours in ((0.0, 0.0, "2 h 00 min"), (0.04, 0.0, "2 h 30 min"), (0.04, 1.0, "2 h 20 min")):
+        config = recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"beta": beta})})
+        seconds, finding = preflight_checks.sampled_time_finding(config, order, rate, where, None, checkpointing)
+        assert seconds is None
+        assert f"up to {hours} for the training passes of 100 steps x 16 answers" in finding.text
+
+
+def test_prompts_and_micro_batches_that_train_grpo_refuses_are_red(look: Look, asks: Path) -> None:
+    assert look("train.micro_batch=16", recipe=asks)[1]["step"].text == "4 prompts x 4 answers = 16"
+    good, found, _ = look("train.micro_batch=17", recipe=asks)
+    assert (good, found["step"].level) == (False, "fail")
+    good, found, page = look("grpo.max_new_tokens=255", recipe=asks)
+    assert (good, found["prompts"].level) == (False, "fail")
+    assert "lower grpo.max_new_tokens" in found["prompts"].remedy
+    assert page["memory"]["total"] > 0
+    assert look("grpo.max_new_tokens=200", recipe=asks)[1]["prompts"].level == "look", "many have no room for such an answer"
+    assert look(recipe=asks)[1]["prompts"].level == "ok"
+
+
 # ---- memory, time, disk --------------------------------------------------------------------------------------------------------------
 
 
@@ -518,12 +644,12 @@ def test_what_a_run_starts_from_is_looked_at(make_recipe: MakeRecipe, tmp_path: 
     assert preflight_checks.start_finding(load(make_recipe()), manifest) is None
 
 
-def test_rewards_are_run_and_what_is_not_known_is_said(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_rewards_are_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text("def mine(answer):\n    return 1.0\n")
     grpo = f"grpo={{rewards: [{{path: '{own}:mine'}}], max_new_tokens: 16}}"
     recipe = load(make_recipe("data.packing=false", grpo))
-    assert "not of sampled ones" in preflight_checks.rewards_finding(recipe).text
+    assert f"runs {own}" in preflight_checks.rewards_finding(recipe).text
     own.write_text("def other(answer):\n    return 1.0\n")
     assert "has no function mine" in preflight_checks.caught("rewards", lambda: preflight_checks.rewards_finding(recipe)).text
     assert preflight_checks.rewards_finding(load(make_recipe())) is None

@@ -74,6 +74,14 @@ def test_a_function_of_ones_own_is_run_from_the_file_that_is_named(tmp_path: Pat
         assert in_words([Reward(path=name, weight=2)]) == f"2 x {name} (runs {tmp_path / 'mine.py'})"
 
 
+@pytest.mark.parametrize("given", ["numpy.float32(0.5)", "numpy.float64(0.5)", "fractions.Fraction(1, 2)", "0.5"])
+def test_numbers_of_other_libraries_are_numbers(tmp_path: Path, given: str) -> None:
+    judges = judges_of([Reward(path=own(tmp_path, f"import fractions, numpy; return {given}"))])
+    assert judged(answer("x"), judges) == {"polite": 0.5}
+    yes = judges_of([Reward(path=own(tmp_path, "import numpy; return numpy.ones(1)[0] == 1"))])
+    assert judged(answer("x"), yes) == {"polite": 1.0}
+
+
 def test_what_a_file_says_belongs_to_the_run_and_where_it_lies_does_not(tmp_path: Path) -> None:
     before = fingerprints([Reward(name="no_repetition"), Reward(path=own(tmp_path, "return 1"))])
     assert list(before) == ["grpo.rewards.1.path (function, and hash of its file)"]

@@ -1,11 +1,14 @@
 """scripts/train_grpo.py: what is asked, sampled and learnt, and what a run is that was interrupted, shared out or short of memory."""
 
+import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +21,44 @@ from in_process import column, lines, metrics, prepared, script, train
 from safetensors.torch import load_file
 from same_run import FINAL, assert_same, curve, snapshot, state_of
 
-from qlora_suite import compatibility, generation, run_facts, samples
+from qlora_suite import compatibility, generation, grpo, loss, micro_batch, reference_weights, run_facts, samples
 from qlora_suite.chat import Renderer
 from qlora_suite.checkpoint import State
-from qlora_suite.dataset import Rows, load_manifest
+from qlora_suite.dataset import Rows, load_manifest, write_row_batches
 from qlora_suite.files import read_json
 from qlora_suite.preemption import REQUEST
 from qlora_suite.preparation import trimmed
 from qlora_suite.recipe_file import load
+from qlora_suite.report_page import curves
 from qlora_suite.rewards import judges_of
 from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.run_folder import Run
 from qlora_suite.samples import Sampler
 from qlora_suite.selection import Counts, selected
-from qlora_suite.train_prompts import prompt_length, read_prompts
+from qlora_suite.tracking import Journal
+from qlora_suite.train_prompts import prompt_lengths, read_prompts
 from qlora_suite.trainable import build_model
+from qlora_suite.watchdog import Watchdog
 
 CPU = torch.device("cpu")
 STEPS = 5
 LETTERS = "def letters(answer):\n    return min(1.0, answer.text.count('e') / 8)\n"
 """Something that random weights can learn to say."""
+SHORT_ON_THE_SECOND = """
+import os, torch
+from qlora_suite import samples
+
+decode = samples.decode
+
+def short(net, prompts, *rest):
+    if len(prompts) > 3:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return decode(net, prompts, *rest)
+
+if os.environ.get("RANK") == "1":
+    samples.decode = short
+"""
+"""In a person's file of rewards, which every process runs: there is room for three answers on the second."""
 
 
 def write_grpo_recipe(folder: Path, base: Path, source: Path, *overrides: str) -> Path:
@@ -76,6 +97,10 @@ def all_samples(run: Path) -> list[dict[str, Any]]:
 # --- prompts
 
 
+def lengths_of_prompts(rows: Rows) -> list[int]:
+    return [length for batch in rows.batches() for length in prompt_lengths(batch["supervised"]).tolist()]
+
+
 @pytest.mark.parametrize("format", ["oasst", "human_assistant", "llama2", "chatml"])
 def test_a_prompt_is_what_a_model_is_given_to_answer(make_recipe: MakeRecipe, format: str) -> None:
     """Of every row: the ids before its last learnt answer are those of `Renderer.prompt` for the turns before it."""
@@ -83,13 +108,14 @@ def test_a_prompt_is_what_a_model_is_given_to_answer(make_recipe: MakeRecipe, fo
     manifest, folder = load_manifest(values), Path(values.data.prepared)
     renderer = Renderer(run_facts.prepared_tokenizer(folder), values.chat, RoleMarkers.from_json(manifest["role_markers"]))
     rows, several = Rows(folder / "train.arrow"), 0
+    lengths = lengths_of_prompts(rows)
     with selected(values) as selection:
         conversations = {one.key: one for one in trimmed(selection.splits["train"], Counts())}
     for number in range(len(rows)):
         conversation, row = conversations[rows.examples(number)[0]], rows[number]
         starts = {turn.index: turn.start for turn in renderer.render(conversation).turns if turn.learn}
         last = max(index for index, start in starts.items() if start < len(row["input_ids"]))
-        assert row["input_ids"][: prompt_length(row)].tolist() == renderer.prompt(conversation.turns[:last])
+        assert row["input_ids"][: lengths[number]].tolist() == renderer.prompt(conversation.turns[:last])
         several += last > 1
     assert several > 5, "no conversation of several answers was among them"
     assert len(rows) > 50
@@ -97,16 +123,26 @@ def test_a_prompt_is_what_a_model_is_given_to_answer(make_recipe: MakeRecipe, fo
 
 def test_prompts_are_asked_once_each_and_long_ones_are_counted(recipe: Path) -> None:
     rows = Rows(Path(load(recipe).data.prepared) / "train.arrow")
-    of_rows = [rows[number]["input_ids"][: prompt_length(rows[number])].tolist() for number in range(len(rows))]
+    of_rows = [rows[number]["input_ids"][:length].tolist() for number, length in enumerate(lengths_of_prompts(rows))]
     distinct = list(dict.fromkeys(map(tuple, of_rows)))
     found = read_prompts(rows, longest=100)
     assert [tuple(prompt) for prompt in found] == [ids for ids in distinct if len(ids) <= 100]
-    assert found.lengths == [len(prompt) for prompt in found]
+    assert found.lengths.tolist() == [len(prompt) for prompt in found]
     assert found.num_too_long == sum(len(ids) > 100 for ids in of_rows) > 0
     assert found.num_asked_before == len(of_rows) - found.num_too_long - len(found) > 0
     assert str(found) == f"{len(found)} of {len(rows)} rows, {found.num_asked_before} the same as another, {found.num_too_long} too long"
     with pytest.raises(ValueError, match=r"every prompt of .* has more than 3 tokens"):
         read_prompts(rows, longest=3)
+
+
+def test_prompts_do_not_depend_on_how_many_rows_were_written_together(recipe: Path, tmp_path: Path) -> None:
+    rows = Rows(Path(load(recipe).data.prepared) / "train.arrow")
+    (whole,) = rows.batches()
+    write_row_batches(tmp_path / "train.arrow", [whole.slice(start, 7) for start in range(0, len(rows), 7)])
+    expected, found = read_prompts(rows, 100), read_prompts(Rows(tmp_path / "train.arrow"), 100)
+    assert list(found) == list(expected)
+    assert found.row_numbers.tolist() == expected.row_numbers.tolist()
+    assert str(found) == str(expected)
 
 
 # --- samples
@@ -186,6 +222,15 @@ def test_where_memory_is_short_fewer_are_sampled_at_once(make_sampler: Callable[
     assert sizes == [16, 8, 4, 4, 4, 4, 4, 4, 4, 4], "it is found out once"
 
 
+def test_where_not_even_one_answer_fits_the_sentence_says_so(make_sampler: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(samples, "decode", never)
+    with pytest.raises(ValueError, match=r"single answer of up to 12 tokens to a prompt of 9 ran out of memory .* lower grpo.max_n"):
+        make_sampler()(0, PROMPTS)
+
+
 # --- what is learnt
 
 
@@ -215,6 +260,38 @@ def test_what_a_person_can_look_at(whole: Path) -> None:
     assert page.index(f"## Step {STEPS}") < page.index("## Step 1\n")
     assert "advantage +" in page
     assert "ran into the limit" in page
+
+
+def test_samples_that_a_full_disk_does_not_take_are_written_when_it_does(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, append, failed = recipe.parent / "full", Journal._append, []
+
+    def full(self: Journal, text: str) -> None:
+        if self.path.name == "samples.jsonl" and len(self.records) == 2 and not failed:
+            failed.append(text)
+            raise OSError("no space left on device")
+        append(self, text)
+
+    monkeypatch.setattr(Journal, "_append", full)
+    train(recipe, f"output.dir={run}", "train.max_steps=2", "previews.prompts=[]", by="train_grpo")
+    assert failed
+    assert column(all_samples(run), "step") == [1, 2]
+
+
+def test_a_run_whose_first_answers_are_all_worth_the_same_goes_on(recipe: Path) -> None:
+    """Its first checkpoint holds an adapter that has learnt nothing, and a gradient of 0 is not what a later one is a spike beside."""
+    own = recipe.parent / "late.py"
+    own.write_text(
+        f"seen = []\n{LETTERS}\ndef late(answer):\n    seen.append(answer)\n    return letters(answer) if len(seen) > 32 else 1\n"
+    )
+    late = (f"grpo.rewards=[{{path: '{own}:late'}}]", "grpo.beta=0", "grpo.updates=1", "train.max_steps=3", "previews.prompts=[]")
+    run = train(recipe, f"output.dir={recipe.parent}/late", *late, by="train_grpo")
+    norms = column(metrics(run), "grad_norm")
+    assert norms[:2] == [0, 0]
+    assert norms[2] > 0
+    weights = load_file(run / "checkpoints" / "step-000002" / FINAL.name)
+    assert not any(weights[name].any() for name in weights if "lora_B" in name)
+    known = [read_json(run / "checkpoints" / f"step-{step:06d}" / "state.json")["norms"] for step in (2, 3)]
+    assert known == [[], norms[2:]]
 
 
 def test_the_reference_is_the_adapter_that_it_starts_from(recipe: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,6 +358,91 @@ def test_a_request_to_stop_ends_the_sampling_and_the_step_is_done_later(
     assert all_samples(run) == all_samples(whole)
 
 
+def test_a_reward_that_takes_its_time_beats_the_watchdog_and_can_be_stopped_between_two_answers(
+    recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request comes while the fourth answer of step 2 is judged."""
+    run, judged, beat, events = recipe.parent / "judging", samples.judged, Watchdog.beat, []
+
+    def judge(*args: Any) -> Any:
+        events.append("judged")
+        if events.count("judged") == 20:
+            (run / REQUEST).touch()
+        return judged(*args)
+
+    def beats(self: Watchdog, words: str) -> None:
+        events.append("beat")
+        beat(self, words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "judged", judge)
+        patch.setattr(Watchdog, "beat", beats)
+        train(recipe, f"output.dir={run}", by="train_grpo")
+    assert events.count("judged") == 20, "it judged on"
+    assert all(before == "beat" for before, event in pairwise(events) if event == "judged")
+    assert state_of(run) == ("stopped", 1)
+    train(recipe, f"output.dir={run}", by="train_grpo")
+    assert_same(run, whole)
+    assert all_samples(run) == all_samples(whole)
+
+
+def test_a_resumed_run_samples_and_learns_in_the_batches_that_it_had_come_to(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits, where another batch gives other answers. Memory is short once, in step 2; the resumed run has room again, and would
+    cut its micro-batches otherwise.
+    """
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    sizes: dict[str, list[int]] = {}
+
+    def trained(name: str, short: bool, until: int = STEPS) -> Path:
+        run, signs, loss, drawn = recipe.parent / name, Run.signs, script("train_grpo").grpo.summed_loss, sizes.setdefault(name, [])
+
+        def decode(net: Any, prompts: list, *rest: Any) -> Any:
+            drawn.append(len(prompts))
+            if short and len(drawn) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return generation.decode(net, prompts, *rest)
+
+        def summed_loss(now: torch.Tensor, *rest: Any) -> Any:
+            learnt.append(len(rest[3]))
+            return loss(now, *rest)
+
+        def killed(self: Run, state: State, *args: Any) -> Any:
+            if state.step > until:
+                raise KeyboardInterrupt
+            return signs(self, state, *args)
+
+        learnt: list[int] = sizes.setdefault(f"{name}, learnt", [])
+        with monkeypatch.context() as patch:
+            patch.setattr(samples, "decode", decode)
+            patch.setattr(script("train_grpo").grpo, "summed_loss", summed_loss)
+            patch.setattr(Run, "signs", killed)
+            with contextlib.suppress(KeyboardInterrupt):
+                train(recipe, f"output.dir={run}", "previews.prompts=[]", by="train_grpo")
+        return run
+
+    whole = trained("16 bits", short=True)
+    run = trained("16 bits, killed", short=True, until=2)
+    assert state_of(run)[0] == "failed"
+    assert read_json(run / "checkpoints" / "step-000002" / "state.json")["answers_at_once"] == 8
+    for name in ("16 bits, killed", "16 bits, killed, learnt"):
+        sizes[name].clear()
+    monkeypatch.setattr(micro_batch, "CPU_TOKENS", 64)
+    assert trained("16 bits, killed", short=False) == run
+    assert sizes["16 bits"] == [16, 16, 8, 8, 8, 8, 8, 8, 8, 8]
+    assert sizes["16 bits, killed"] == [8] * 6
+    assert sizes["16 bits, killed, learnt"] == sizes["16 bits, learnt"][-len(sizes["16 bits, killed, learnt"]) :]
+    assert all_samples(run) == all_samples(whole)
+    assert_same(run, whole)
+
+
+def test_checkpointing_that_is_asked_for_later_is_heard(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It changes no number, and is what a person turns on where memory is short."""
+    run = f"output.dir={recipe.parent}/more"
+    train(recipe, run, "stop.after_minutes=1e-9", by="train_grpo")
+    train(recipe, run, "train.gradient_checkpointing=true", by="train_grpo")
+    assert read_json(recipe.parent / "more" / "run.json")["gradient_checkpointing"] == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_a_checkpoint(recipe: Path, whole: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = recipe.parent / number.name
@@ -321,6 +483,111 @@ def test_the_curve_does_not_depend_on_the_micro_batch(recipe: Path, whole: Path)
     assert_near(run, whole)
 
 
+@pytest.mark.parametrize(("size", "pieces"), [(16, [16]), (5, [5, 5, 5, 1]), (1, [1] * 16)])
+def test_a_micro_batch_is_of_answers(recipe: Path, monkeypatch: pytest.MonkeyPatch, size: int, pieces: list[int]) -> None:
+    known, found = script("train_grpo").grpo.summed_loss, []
+
+    def summed_loss(now: torch.Tensor, *rest: Any) -> Any:
+        found.append(len(rest[3]))
+        return known(now, *rest)
+
+    monkeypatch.setattr(script("train_grpo").grpo, "summed_loss", summed_loss)
+    one = ("train.max_steps=1", "previews.prompts=[]", "grpo.updates=1", f"output.dir={recipe.parent}/of{size}")
+    train(recipe, f"train.micro_batch={size}", *one, by="train_grpo")
+    assert found == pieces
+
+
+def test_a_micro_batch_of_more_answers_than_a_step_has_is_a_mistake(recipe: Path) -> None:
+    with pytest.raises(ValueError, match=r"micro_batch is 17, of answers .* has 16 of them in a step \(4 prompts x 4 answers\); use 16 or"):
+        train(recipe, "train.micro_batch=17", f"output.dir={recipe.parent}/too_many", by="train_grpo")
+    values = load(recipe, ["train.micro_batch=9"])
+    assert grpo.answers_of_a_process(values, 1) == 16
+    with pytest.raises(ValueError, match=r"has 8 of them in a step \(4 prompts / 2 processes x 4 answers\)"):
+        grpo.answers_of_a_process(values, 2)
+    with pytest.raises(ValueError, match="rows_per_step = 4 cannot be shared out: 3 processes"):
+        grpo.answers_of_a_process(load(recipe), 3)
+
+
+def test_a_micro_batch_is_tried_with_the_longest_answers_to_the_longest_prompts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a CPU does not do by itself."""
+    ours, asked, tried, learnt = script("train_grpo"), [], [], []
+    log_probabilities = grpo.log_probabilities
+
+    def choose(train: Any, answers: int, longest: int, device: Any, trial: Any, *rest: Any) -> Any:
+        asked.append((answers, longest))
+        for checkpointing in (0.0, 1.0):
+            trial(3, checkpointing)
+        assert not any(p.grad is not None for p in seen[0].parameters())
+        return micro_batch.choose(train, answers, longest, device, trial, *rest)
+
+    seen: list[Any] = []
+
+    def asks(net: Any, batch: Any, temperature: float) -> Any:
+        seen.append(net)
+        (learnt if len(tried) == 2 else tried).append((tuple(batch.input_ids.shape), len(batch.targets)))
+        return log_probabilities(net, batch, temperature)
+
+    monkeypatch.setattr(ours, "choose", choose)
+    monkeypatch.setattr(grpo, "log_probabilities", asks)
+    train(recipe, "train.max_steps=1", "previews.prompts=[]", f"output.dir={recipe.parent}/tried", by="train_grpo")
+    values = load(recipe)
+    prompts = read_prompts(Rows(Path(values.data.prepared) / "train.arrow"), values.data.max_length - 12)
+    longest = max(map(len, prompts)) + 12
+    assert asked == [(16, longest)]
+    assert tried == [((3, longest), 3 * (longest - 1))] * 2
+    assert learnt
+    assert max(shape[1] for shape, _ in learnt) <= longest
+
+
+def test_nothing_has_been_learnt_before_the_first_update_however_often_it_is_begun(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second micro-batch runs out of memory: the first one is done again in halves, and every ratio is 1 to the last bit, although
+    another batch gives other numbers, as it does in 16 bits.
+    """
+    known, log_probabilities, apart = grpo.summed_loss, grpo.log_probabilities, []
+    monkeypatch.setattr(grpo, "log_probabilities", lambda net, batch, _: log_probabilities(net, batch, _) + 1e-3 * len(batch.input_ids))
+
+    def short(now: torch.Tensor, old: torch.Tensor, *rest: Any) -> Any:
+        apart.append((now - old).abs().max().item())
+        if len(apart) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return known(now, old, *rest)
+
+    monkeypatch.setattr(script("train_grpo").grpo, "summed_loss", short)
+    one = ("train.max_steps=1", "previews.prompts=[]", "grpo.updates=1", f"output.dir={recipe.parent}/again")
+    train(recipe, "train.micro_batch=8", *one, by="train_grpo")
+    assert apart == [0.0] * 6, "8, 8 (short), and four times 4"
+
+
+def test_without_a_beta_there_is_no_reference(recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a copy of the weights, not a forward pass, and no number for what is not measured. The first answers are the same."""
+    counts: dict[str, list[bool]] = {}
+    forward, kept, copies = loss.forward, reference_weights.kept, []
+    for beta in ("0.04", "0"):
+        found = counts.setdefault(beta, [])
+
+        def counted(*args: Any, found: list[bool] = found) -> Any:
+            found.append(torch.is_grad_enabled())
+            return forward(*args)
+
+        monkeypatch.setattr(loss, "forward", counted)
+        monkeypatch.setattr(reference_weights, "kept", lambda net: copies.append(net) or kept(net))
+        one = ("previews.prompts=[]", "train.micro_batch=16", f"output.dir={recipe.parent}/beta{beta}")
+        train(recipe, f"grpo.beta={beta}", *one, by="train_grpo")
+    with_gradient, without = ([found.count(flag) for found in counts.values()] for flag in (True, False))
+    assert with_gradient[0] == with_gradient[1] >= 2 * STEPS, "the updates, and the trial of the faster ways"
+    assert without[0] - without[1] == STEPS, "once a step, whatever the updates"
+    assert len(copies) == 1
+    run = recipe.parent / "beta0"
+    assert all_samples(run)[0] == all_samples(whole)[0]
+    steps = metrics(run)
+    assert len(steps) == STEPS
+    assert all("kl" not in record and math.isfinite(record["clipped"]) for record in steps)
+    titles = [chart["title"] for chart in curves(steps, [])]
+    assert titles[0] == "Loss, mean over answers"
+    assert "Reward of an answer" in titles
+    assert not any("KL" in title for title in titles)
+
+
 def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_ones(recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, known, sizes = recipe.parent / "short", script("train_grpo").grpo.summed_loss, []
 
@@ -350,18 +617,22 @@ def assert_near(run: Path, other: Path) -> None:
 
 
 def test_two_processes_sample_and_learn_what_one_does(recipe: Path, whole: Path) -> None:
-    """The last step has prompts for one of them alone: 4 + 4 + 4 + 4 + 1 of 17."""
+    """The last step has prompts for one of them alone: 4 + 4 + 4 + 4 + 1 of 17. On the second one memory is short: both take less."""
     run, count = recipe.parent / "two", len(read_prompts(Rows(Path(load(recipe).data.prepared) / "train.arrow"), 244))
     epochs = f"train.epochs={17 / count}"
     one = train(recipe, f"output.dir={recipe.parent}/one", epochs, by="train_grpo")
+    own = recipe.parent / "short.py"
+    own.write_text(LETTERS + SHORT_ON_THE_SECOND)
+    rewards = f"grpo.rewards=[{{path: '{own}:letters'}}, {{name: no_repetition, weight: 0.25}}]"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts/train_grpo.py"), str(recipe), f"output.dir={run}", epochs]
+    command += [str(ROOT / "scripts/train_grpo.py"), str(recipe), f"output.dir={run}", epochs, rewards]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((run / "run.json").read_text())["processes"] == 2
     assert state_of(run) == state_of(one) == ("finished", 5)
     assert column(metrics(one), "advantage_std")[-1] > 0
+    assert read_json(run / "checkpoints" / "step-000005" / "state.json")["answers_at_once"] == 2
     assert_near(run, one)
     assert len(metrics(whole)) == STEPS
 

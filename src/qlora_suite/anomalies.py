@@ -45,7 +45,7 @@ def count(state: State, grad_norm: float, applied: bool) -> None:
     """Keep in the state what later steps are judged by."""
     state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
     state.skipped_steps += not applied
-    if applied:
+    if applied and grad_norm:  # GRPO's is 0 where no answer is better than another, which says nothing of what is usual
         state.norms = [*state.norms, grad_norm][-HISTORY:]
 
 

@@ -48,7 +48,7 @@ FORMAT_VERSION = 1
 LEFTOVERS = (
     *("checkpoints/.step-*.tmp", ".final.tmp", ".final.old.tmp", ".previews.md.*.tmp", ".status.json.*.tmp", ".run.json.*.tmp"),
     *(".recipe.yaml.*.tmp", ".metrics.jsonl.*.tmp", ".previews.jsonl.*.tmp", "black_box/.step-*.tmp", ".out_of_memory.json.*.tmp"),
-    *(".shared", "..shared.*.tmp", ".slurm_starts.json.*.tmp", ".samples.jsonl.*.tmp", ".samples.md.*.tmp"),
+    *(".shared", "..shared.*.tmp", ".slurm_starts.json.*.tmp", ".samples.jsonl.*.tmp", ".samples.md.*.tmp", ".reference.jsonl.*.tmp"),
 )
 """What a killed process was writing in a run's folder, or in a mirror."""
 MANIFEST = "manifest.json"
@@ -72,7 +72,7 @@ class State:
     black_boxes: int = 0
     """Steps that have left one."""
     norms: list[float] = field(default_factory=list)
-    """Gradient norms of the last steps that were applied, against which a spike is told."""
+    """Gradient norms of the last steps that were applied, against which a spike is told; none of 0, from which nothing is learnt."""
     best: dict[str, float] | None = None
     """`step` and `loss` (nats a token) of the best evaluation on the development split."""
     evaluations_without_gain: int = 0
@@ -84,6 +84,8 @@ class State:
     """What it was computed in."""
     micro_batch: dict[str, Any] | None = None
     """`rows`, `tokens` and `checkpointing` (share of the layers) of a forward pass, as found by trial."""
+    answers_at_once: int | None = None
+    """Of GRPO: how many a process samples in one batch; None: all that a step wants, for memory was never short."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Curve keys of the recipe, hash of the data, hash of the base."""
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -121,6 +123,7 @@ GOOD: dict[str, Callable[[Any], bool]] = {
     "norms": lambda value: isinstance(value, list) and all(_is_number(norm) and norm >= 0 for norm in value),
     "precision": lambda value: isinstance(value, str),
     "micro_batch": _is_row_limit,
+    "answers_at_once": lambda value: value is None or _is_count(value, 1),
     "identity": lambda value: isinstance(value, dict),
     "scaler": _is_scale,
     "optimizer_numbers": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
@@ -241,7 +244,7 @@ def save(
         if isinstance(model, PeftModel):
             write_adapter_config(model, aside, *base)
         write_tensors({k: v.contiguous() for k, v in learnt.weights.items()}, aside / learnt.file)
-        check_weights(aside / learnt.file, learnt.weights, trained=state.step > state.skipped_steps)
+        check_weights(aside / learnt.file, learnt.weights, trained=bool(state.norms))
         write_tensors(learnt.optimizer, aside / OPTIMIZER)
         with errors_name(aside):
             tokenizer.save_pretrained(aside)

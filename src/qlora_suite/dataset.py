@@ -196,7 +196,12 @@ class Rows(Sequence[dict[str, Any]]):
         return self._record(row)["examples"][0].as_py()
 
     def check(self) -> Iterator[int]:
-        """Read every row, as many at a time as were written together; each yields the number of bytes that it is about.
+        """Read every row; yields how many bytes were checked. Raises ValueError as `batches` does."""
+        for batch in self.batches():
+            yield batch.nbytes
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows in their order, as many at a time as were written together.
 
         Raises ValueError if one cannot be trained on, or the index names another number of rows than there are.
         """
@@ -208,7 +213,7 @@ class Rows(Sequence[dict[str, Any]]):
             if not np.array_equal(self._places[start:end], np.arange(len(batch))):
                 raise self._unlike("the index does not name each row once")
             self._check(batch, self.lengths[start:end], self.num_supervised[start:end])
-            yield batch.nbytes
+            yield batch
         if (found := read_table(self.path).num_rows) != len(self):
             raise self._unlike(f"it holds {found:,} rows, and the index names {len(self):,}")
 

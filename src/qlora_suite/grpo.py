@@ -17,10 +17,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qlora_suite.batches import check_division
 from qlora_suite.loss import Batch, forward, token_losses
+from qlora_suite.recipe import Recipe
 
+MEASURES = ("clipped", "kl")
+"""What `Measured` holds beside the loss: sums over tokens. `kl` is there with a reference alone."""
 NEAR_ZERO = 1e-4
 """Added to a group's standard deviation, as TRL does: answers that are as good as equal are not taken apart by their rounding."""
+
+
+def answers_of_a_process(recipe: Recipe, world: int) -> int:
+    """How many of a step's answers are sampled, and learnt from, by one of `world` processes: what a micro-batch is a part of.
+
+    Raises ValueError, with the arithmetic, if the prompts of a step cannot be shared out, or train.micro_batch is more than that.
+    """
+    prompts, group, micro_batch = recipe.train.rows_per_step, recipe.grpo.group_size, recipe.train.micro_batch
+    check_division(prompts, world, "auto")
+    answers = prompts // world * group
+    if micro_batch != "auto" and micro_batch > answers:
+        of_world = f" / {world} processes" if world > 1 else ""
+        raise ValueError(
+            f"train.micro_batch is {micro_batch}, of answers with grpo, and a process has {answers} of them in a step ({prompts} prompts"
+            f"{of_world} x {group} answers); use {answers} or less, or auto"
+        )
+    return answers
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
@@ -45,17 +66,25 @@ class Measured(NamedTuple):
 
     loss: Tensor
     """Over answers, with a graph."""
-    kl: Tensor
-    """Over tokens, r KL as above: also an estimate for the model as it is, where others were sampled from."""
     clipped: Tensor
     """Tokens that gain nothing any more: the ratio has left the range in the direction of the advantage."""
+    kl: Tensor | None
+    """Over tokens, r KL as above: also an estimate for the model as it is, where others were sampled from. None without a reference."""
 
 
-def summed_loss(now: Tensor, old: Tensor, reference: Tensor, advantage: Tensor, lengths: Tensor, beta: float, clip: float) -> Measured:
-    """`now`, `old`, `reference` [tokens]: log-probabilities, answers end to end; `advantage`, `lengths` [answers]: of each answer."""
+def summed_loss(
+    now: Tensor, old: Tensor, reference: Tensor | None, advantage: Tensor, lengths: Tensor, beta: float, clip: float
+) -> Measured:
+    """`now`, `old`, `reference` [tokens]: log-probabilities, answers end to end; `advantage`, `lengths` [answers]: of each answer.
+    With a beta of 0 no reference is needed.
+    """
     of_token, share = advantage.repeat_interleave(lengths), (1 / lengths).repeat_interleave(lengths)
-    ratio, distance = torch.exp(now - old), reference - now
+    ratio = torch.exp(now - old)
     gain = torch.minimum(ratio * of_token, ratio.clamp(1 - clip, 1 + clip) * of_token)
+    clipped = torch.where(of_token > 0, ratio > 1 + clip, (ratio < 1 - clip) & (of_token < 0)).sum()
+    if reference is None:
+        assert beta == 0, "there is nothing to measure the distance from"
+        return Measured(-(gain * share).sum(), clipped, None)
+    distance = reference - now
     kl = ratio * (torch.exp(distance) - distance - 1)
-    clipped = torch.where(of_token > 0, ratio > 1 + clip, (ratio < 1 - clip) & (of_token < 0))
-    return Measured(((beta * kl - gain) * share).sum(), kl.detach().sum(), clipped.sum())
+    return Measured(((beta * kl - gain) * share).sum(), clipped, kl.detach().sum())

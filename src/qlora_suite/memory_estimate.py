@@ -5,8 +5,10 @@ the real model, on tensors that have shapes and no memory (torch's FakeTensorMod
 counted. So each architecture that transformers knows is estimated by the same code.
 
     base + adapter + gradients + optimiser + activations + the larger of (logits and loss, backward pass of a layer)  <=  0.92 x card
+    base + adapter             + optimiser + keys and values of what is sampled at once + one more token             <=  0.92 x card
 
-The last 8 % are for the CUDA context and fragmentation: the headroom that the trial at the start of training leaves, too.
+the second with GRPO alone, which holds a copy of the trained weights in both. The last 8 % are for the CUDA context and fragmentation:
+the headroom that the trial at the start of training leaves, too.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from qlora_suite import compatibility, fused_lora, packed_attention, tiled_head
+from qlora_suite import compatibility, fused_lora, grpo, packed_attention, tiled_head
 from qlora_suite.adapter import IN_A_LAYER
 from qlora_suite.batches import Limit
 from qlora_suite.dequantized import ROOM
@@ -32,7 +34,8 @@ from qlora_suite.engine import autocast
 from qlora_suite.loss import Batch, collate, summed_loss
 from qlora_suite.micro_batch import CPU_TOKENS, HEADROOM, by_speed, in_words, set_checkpointing
 from qlora_suite.module_table import Skeleton, Stored
-from qlora_suite.recipe import Train
+from qlora_suite.recipe import Recipe, Train
+from qlora_suite.sampling import Sampling, probabilities
 
 SMALL_STATE, STATE_BLOCK, STATE_TABLES = 4096, 256, 2 * 256 * 4
 """Of bitsandbytes' 8-bit optimisers: smaller parameters keep fp32 moments; moments that share a scale; the two tables' bytes."""
@@ -64,6 +67,18 @@ class Step:
     @property
     def total(self) -> int:
         return self.activations + max(self.loss, self.backward)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What it takes to sample answers, while no gradient is there. Bytes."""
+
+    answers: int
+    """At once."""
+    cache: int
+    """Their keys and values, when the last token comes."""
+    total: int
+    """With all that is stored, and what passes."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +153,12 @@ def copies(skeleton: Skeleton, engine: str, memory: int | None) -> list[Componen
     if not num or sharded or wanted is False or (wanted == "auto" and (memory is None or size > ROOM * memory)):
         return []
     return [Component("copies of 4-bit weights", size, f"{num:,} x {skeleton.dtype.itemsize} B (speed.dequantize_once)")]
+
+
+def reference(skeleton: Skeleton) -> Component:
+    """GRPO's, for a KL divergence: the trained weights as they were at the start (reference_weights.py)."""
+    num = skeleton.num_trained
+    return Component("reference", 4 * num, f"{num:,} x 4 B: a copy of the trained weights (grpo.beta)")
 
 
 def _base(skeleton: Skeleton, shards: int) -> list[Component]:
@@ -252,7 +273,17 @@ def _tensors_of(state: Any) -> list[Tensor]:
     return found + (_tensors_of(state.state2) if getattr(state, "state2", None) is not None else [])
 
 
-def traced(skeleton: Skeleton, rows: int, length: int, checkpointing: float, cuda: bool = True) -> Step:
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def loss_of(recipe: Recipe) -> Loss:
+    """What the trial of the recipe's script goes through, forward and backward."""
+    if recipe.grpo is None:
+        return lambda net, batch: summed_loss(net, batch)[0]
+    return lambda net, batch: grpo.log_probabilities(net, batch, recipe.grpo.temperature).sum()
+
+
+def traced(skeleton: Skeleton, rows: int, length: int, checkpointing: float, cuda: bool = True, loss: Loss = summed_loss) -> Step:
     """A step on `rows` rows of `length` tokens, all of them supervised, as train.py's trial makes it. `cuda`: with the rules that
     CUDA's autocast has; else with the CPU's.
     """
@@ -265,7 +296,38 @@ def traced(skeleton: Skeleton, rows: int, length: int, checkpointing: float, cud
     with contextlib.ExitStack() as stack:
         for context in (*without_memory, _computing_in(dtype, cuda), _faster(skeleton, batch, cuda)):
             stack.enter_context(context)
-        return measured(net, base.get_output_embeddings(), lambda: summed_loss(net, batch))
+        return measured(net, base.get_output_embeddings(), lambda: loss(net, batch))
+
+
+def traced_sampling(skeleton: Skeleton, answers: int, prompt: int, longest: int, cuda: bool = True) -> tuple[int, int]:
+    """(keys and values at the last token, the most that there is at any time): bytes that generation.decode takes for so many prompts of
+    `prompt` tokens, answered until there are `longest`.
+    """
+    net, base = skeleton.net, skeleton.base
+    batch = collate([{"input_ids": [0] * longest, "supervised": [False] * longest, "lengths": [longest]}], pad_id=0, all_supervised=True)
+
+    def tokens(count: int, before: Any = None) -> Any:
+        """Their forward pass, behind the keys and values of those before; a token is drawn, and all keys and values are given back."""
+        ids = torch.zeros((answers, count), dtype=torch.int64)
+        found = base(input_ids=ids, attention_mask=None, past_key_values=before, use_cache=True, logits_to_keep=1)
+        probabilities(found.logits[:, -1].float(), Sampling(1.0)).cumsum(dim=-1)
+        return found.past_key_values
+
+    net.eval()
+    without_memory = (FakeTensorMode(allow_non_fake_inputs=True), _fake_weights(net), _stand_ins(net, skeleton.dtype, cuda))
+    with contextlib.ExitStack() as stack:
+        for context in (*without_memory, _computing_in(skeleton.dtype, cuda), _faster(skeleton, batch, cuda), torch.no_grad()):
+            stack.enter_context(context)
+        torch.clear_autocast_cache()
+        known = [*net.parameters(), *net.buffers()]
+        with LiveBytes(known) as live:
+            tokens(prompt)
+            of_prompt = live.peak
+        with LiveBytes(known) as live:
+            cache = tokens(longest - 1)
+            held = live.peak = live.now
+            tokens(1, cache)
+            return held, max(of_prompt, live.peak)
 
 
 @contextlib.contextmanager
@@ -398,13 +460,20 @@ def estimate(vocabulary: int, stored_parts: Sequence[Component], step: Step, lim
     return Estimate((*stored_parts, *passing), step, limit, checkpointing)
 
 
-def fits(estimate: Estimate, memory: int) -> bool:
+def fits(estimate: Estimate | Sampled, memory: int) -> bool:
     """As micro_batch's trial would say on a card with this much memory."""
     return estimate.total <= HEADROOM * memory
 
 
 def suggested(
-    skeleton: Skeleton, stored_parts: Sequence[Component], train: Train, rows_per_rank: int, longest: int, memory: int | None, cpu: bool
+    skeleton: Skeleton,
+    stored_parts: Sequence[Component],
+    train: Train,
+    rows_per_rank: int,
+    longest: int,
+    memory: int | None,
+    cpu: bool,
+    loss: Loss = summed_loss,
 ) -> Estimate:
     """The estimate of what train.py would choose on such a card, in the order in which it tries; of its smallest choice if nothing
     fits or the card is not known. On a CPU it tries nothing, and nor does this.
@@ -417,7 +486,7 @@ def suggested(
         rows = min(rows_per_rank, max(1, CPU_TOKENS // longest)) if auto else train.micro_batch
         ways = [(rows, min(share for _, share in ways))]
     least = min(ways, key=lambda way: (way[0], -way[1]))
-    step = functools.cache(lambda rows, share: traced(skeleton, rows, longest, share, not cpu))
+    step = functools.cache(lambda rows, share: traced(skeleton, rows, longest, share, not cpu, loss))
 
     def step_of(rows: int, share: float) -> Step:
         return step(1, share) if rows == 1 else _with_rows(step(1, share), step(2, share), rows)
@@ -429,6 +498,33 @@ def suggested(
         return estimate_of(*least)
     fitting = (way for way in ways if fits(estimate_of(least[0], way[1]), memory) and fits(estimate_of(*way), memory))
     return estimate_of(*next(fitting, least))
+
+
+def sampled(
+    skeleton: Skeleton,
+    stored_parts: Sequence[Component],
+    engine: str,
+    answers: int,
+    prompt: int,
+    longest: int,
+    memory: int | None,
+    cpu: bool,
+) -> Sampled:
+    """What samples.Sampler comes to on such a card: as many of a process's answers at once as fit, halved as it halves them; one, if
+    nothing fits; all, if the card is not known. Gradients are gone meanwhile, but for DDP's buckets.
+    """
+    one, of_all = (traced_sampling(skeleton, count, prompt, longest, not cpu) for count in (1, answers))
+    beside = sum(part.bytes for part in stored_parts if part.name != "gradients" or engine == compatibility.DDP)
+
+    def of(count: int) -> Sampled:  # each takes the same
+        share = (count - 1) / max(1, answers - 1)
+        cache, peak = (round(a + share * (b - a)) for a, b in zip(one, of_all, strict=True))
+        return Sampled(count, cache, beside + peak)
+
+    found = of(answers)
+    while found.answers > 1 and memory is not None and not fits(found, memory):
+        found = of(found.answers // 2)
+    return found
 
 
 def _with_rows(one: Step, two: Step, rows: int) -> Step:

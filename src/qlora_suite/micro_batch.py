@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_suite.batches import EMPTY, Limit
 from qlora_suite.dataset import Rows
 from qlora_suite.engine import autocast
 from qlora_suite.files import read_json, write_json
-from qlora_suite.loss import Batch, collate, summed_loss
+from qlora_suite.loss import Batch, collate
 from qlora_suite.recipe import Dpo, Train
 
 CPU_TOKENS = 1024
@@ -99,20 +99,17 @@ def longest_batch(rows: Rows, num_rows: int, dpo: Dpo | None) -> Batch:
     return collate([rows[r] for r in rows.lengths.argsort()[::-1][:num_rows]], pad_id=0, all_supervised=True, dpo=dpo)
 
 
-def try_longest(
-    net: nn.Module, base: nn.Module, rows: Rows, num_rows: int, share: float, dpo: Dpo | None, dtype: torch.dtype, device: torch.device
-) -> None:
-    """A trial for `choose`: forward and backward pass of the longest batch, where this share of the layers recomputes.
+def try_step(net: nn.Module, base: nn.Module, share: float, loss: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """A trial for `choose`: forward and backward pass of a `loss`, where this share of the layers recomputes.
 
     Leaves no gradient. Before an engine wraps `net`: a rank that runs out of memory must not leave others waiting for its gradients,
     or for its weights.
     """
     set_checkpointing(base, share)
     try:
-        batch = longest_batch(rows, num_rows, dpo).to(device)
         with autocast(device, dtype):
-            loss = summed_loss(net, batch)[0]
-        loss.backward()
+            value = loss()
+        value.backward()
     finally:
         net.zero_grad(set_to_none=True)
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from qlora_suite import accelerate_config, adapter, checkpoint, compatibility, prequantized, rewards, run_facts, start_from
+from qlora_suite import accelerate_config, adapter, checkpoint, compatibility, grpo, prequantized, rewards, run_facts, start_from
 from qlora_suite.base_files import weight_files
 from qlora_suite.batches import Order, check_division
 from qlora_suite.cards import Card
@@ -31,7 +31,7 @@ from qlora_suite.disk_space import existing, need_of, size_text
 from qlora_suite.engine import TRACKER_PACKAGES
 from qlora_suite.evaluation import check_dev_rows
 from qlora_suite.files import read_json
-from qlora_suite.memory_estimate import Estimate, fits
+from qlora_suite.memory_estimate import Estimate, Sampled, fits
 from qlora_suite.micro_batch import HEADROOM, in_words
 from qlora_suite.model import BF16_CAPABILITY, PRECISIONS, check_reachable, load_tokenizer
 from qlora_suite.module_table import Skeleton
@@ -40,6 +40,7 @@ from qlora_suite.remarks import remarks
 from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.run_place import check_path, check_run_folder
 from qlora_suite.tracking import read_journal
+from qlora_suite.train_prompts import Prompts
 
 Level = Literal["ok", "look", "fail"]
 ROWS_LOOKED_AT = 500
@@ -79,6 +80,8 @@ class Rate:
     source: str
     device: str = ""
     """Of the run that it was measured in; empty for a tabled one."""
+    answer_tokens: float | None = None
+    """Of an answer in that run, if it sampled them (GRPO): then the rate is one of sampling and learning together."""
 
     def is_of(self, where: Place, card: Card | None) -> bool:
         """Was it measured on such hardware?"""
@@ -168,8 +171,12 @@ def precision(where: Place, card: Card | None) -> tuple[torch.dtype, Finding]:
 
 
 def step_finding(recipe: Recipe, where: Place) -> Finding:
-    """Do the rows of a step divide among the processes?"""
+    """Do the rows of a step, or its prompts, divide among the processes?"""
     rows = recipe.train.rows_per_step
+    if recipe.grpo is not None:
+        answers = grpo.answers_of_a_process(recipe, where.processes)
+        each = f", {answers} of them on each of {where.processes}" if where.processes > 1 else ""
+        return Finding("ok", "step", f"{rows} prompts x {recipe.grpo.group_size} answers = {rows * recipe.grpo.group_size}{each}")
     check_division(rows, where.processes, recipe.train.micro_batch)
     each = f" = {rows // where.processes} on each of {where.processes}" if where.processes > 1 else ""
     return Finding("ok", "step", f"{rows} rows{each}")
@@ -256,13 +263,11 @@ def start_finding(recipe: Recipe, manifest: Mapping[str, Any]) -> Finding | None
 
 
 def rewards_finding(recipe: Recipe) -> Finding | None:
-    """Can the functions that judge be run? And what is not known of a run that samples."""
+    """Can the functions that judge be run?"""
     if recipe.grpo is None:
         return None
     rewards.judges_of(recipe.grpo.rewards)
-    text = f"{rewards.in_words(recipe.grpo.rewards)}; memory and time on this page are of the prepared answers, not of sampled ones"
-    remedy = f"count on {recipe.grpo.group_size} answers of {recipe.grpo.max_new_tokens} tokens for each of a step's prompts"
-    return Finding("look", "rewards", text, remedy)
+    return Finding("ok", "rewards", rewards.in_words(recipe.grpo.rewards))
 
 
 def coverage_finding(recipe: Recipe, skeleton: Skeleton) -> Finding:
@@ -291,17 +296,20 @@ def coverage_finding(recipe: Recipe, skeleton: Skeleton) -> Finding:
 def data_findings(recipe: Recipe, manifest: Mapping[str, Any], rows: Rows, dev: Rows, config: PreTrainedConfig) -> list[Finding]:
     """Of prepared data that is whole and this recipe's: the template, what is learnt, lengths."""
     counts = manifest["counts"]["train"]
-    found = [_template(recipe, manifest), _ends(recipe, manifest, rows)]
-    share = rows.num_supervised.sum() / max(1, rows.lengths.sum())
-    level: Level = "fail" if share == 0 else "look" if share < LITTLE_SUPERVISED else "ok"
-    remedy = "" if level == "ok" else "look at the example that prepare_data.py prints; chat.loss_on and data.learn_after decide it"
-    found.append(Finding(level, "supervised", f"{share:.1%} of {int(rows.lengths.sum()):,} tokens are learnt", remedy))
-    found.append(_lengths(recipe, rows, config, counts))
-    found.append(_cut(recipe, counts))
+    found = [_template(recipe, manifest), _lengths(recipe, rows, config, counts)]
+    if recipe.grpo is None:  # which learns from no answer that stands there
+        found += [_ends(recipe, manifest, rows), _supervised(rows), _cut(recipe, counts)]
     found.append(caught("development", lambda: _dev(recipe, dev)))
     servable, because = run_facts.servable_as(recipe, manifest)
     found.append(Finding("ok", "servable", f"as {'an adapter' if servable == 'adapter' else servable}: {because}"))
     return found
+
+
+def _supervised(rows: Rows) -> Finding:
+    share = rows.num_supervised.sum() / max(1, rows.lengths.sum())
+    level: Level = "fail" if share == 0 else "look" if share < LITTLE_SUPERVISED else "ok"
+    remedy = "" if level == "ok" else "look at the example that prepare_data.py prints; chat.loss_on and data.learn_after decide it"
+    return Finding(level, "supervised", f"{share:.1%} of {int(rows.lengths.sum()):,} tokens are learnt", remedy)
 
 
 def _template(recipe: Recipe, manifest: Mapping[str, Any]) -> Finding:
@@ -376,9 +384,21 @@ def _dev(recipe: Recipe, dev: Rows) -> Finding:
     return Finding("ok", "development", f"{rows}, every {every} steps: the best checkpoint is the result")
 
 
-def remark_findings(recipe: Recipe, rows: Rows, order: Order) -> list[Finding]:
+def prompts_finding(recipe: Recipe, prompts: Prompts, config: PreTrainedConfig) -> Finding:
+    """Which of the prepared rows GRPO asks, and whether base and data.max_length have room for them and their answers."""
+    longest, most = int(prompts.lengths.max()), recipe.grpo.max_new_tokens
+    text = f"{prompts}; the longest has {longest:,} tokens, and its answer up to {most:,}"
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if window and longest + most > window:
+        return Finding("look", "prompts", f"{text}, and the base was made for {window:,}", f"data.max_length={window}, and prepare again")
+    if prompts.num_too_long > MANY_CUT * len(prompts.rows):
+        return Finding("look", "prompts", text, "raise data.max_length, which prompt and answer share, or lower grpo.max_new_tokens")
+    return Finding("ok", "prompts", text)
+
+
+def remark_findings(recipe: Recipe, order: Order) -> list[Finding]:
     """What train.py would note at its start."""
-    return [Finding("look", "note", sentence, "") for sentence in remarks(recipe, len(rows), order.num_steps)]
+    return [Finding("look", "note", sentence, "") for sentence in remarks(recipe, order.num_rows, order.num_steps)]
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------------------
@@ -400,8 +420,24 @@ def memory_finding(estimate: Estimate, memory: int, measured: bool, recipe: Reci
         remedies.append("train.micro_batch=auto")
     if recipe.model.quantization != "nf4" and recipe.adapter != "none":
         remedies.append("model.quantization=nf4")
-    remedies = remedies or [f"data.max_length={max(256, recipe.data.max_length // 2)} (and prepare again), a lower adapter.rank"]
+    shorter = f"data.max_length={max(256, recipe.data.max_length // 2)} (and prepare again)"
+    if recipe.grpo is not None:
+        shorter = f"grpo.max_new_tokens={max(1, recipe.grpo.max_new_tokens // 2)}"
+    remedies = remedies or [f"{shorter}, a lower adapter.rank"]
     return Finding("fail", "memory", f"{text}: it does not fit", " or ".join([*remedies, "a larger card, or fsdp.yaml on several"][:2]))
+
+
+def sampling_finding(recipe: Recipe, found: Sampled, answers: int, longest: int, memory: int | None) -> Finding:
+    """Of GRPO: how many of a process's `answers` are sampled at once, and in what memory?"""
+    many = f"{answers:,} answers" if found.answers == answers else f"{found.answers:,} of {answers:,} answers"
+    needs = f"{size_text(found.total)} estimated, {size_text(found.cache)} of it keys and values"
+    text = f"{many} of up to {longest:,} tokens at once: {needs}"
+    if memory is not None and not fits(found, memory):
+        shorter = f"grpo.max_new_tokens={max(1, recipe.grpo.max_new_tokens // 2)}"
+        return Finding("fail", "sampling", f"{text}; it does not fit", f"{shorter}, or a larger card")
+    if found.answers < answers:
+        return Finding("look", "sampling", text, "fewer at once take longer: more memory, or a lower grpo.max_new_tokens, helps")
+    return Finding("ok", "sampling", text)
 
 
 def memory_of_machine() -> int:
@@ -419,13 +455,15 @@ def memory_of_machine() -> int:
 def rate_of_run(run: Path) -> Rate:
     """Median tokens a second of one process in an earlier run. Raises ValueError if it has none."""
     path = run / "metrics.jsonl" if run.is_dir() else run
-    values = [r["tokens_per_second"] for r in read_journal(path) if r.get("tokens_per_second")]
+    steps = [r for r in read_journal(path) if r.get("tokens_per_second")]
+    values = [r["tokens_per_second"] for r in steps]
     if len(values) <= WARM_UP_STEPS:
         raise ValueError(f"{path} has no rate: it wants more than {WARM_UP_STEPS} steps; give --rate a finished run or its metrics.jsonl")
     about = read_json(path.parent / "run.json") if (path.parent / "run.json").exists() else {}
     processes, device = about.get("processes", 1), about.get("hardware", {}).get("device", "unknown hardware")
     source = f"{path} on {processes} x {device}" if processes > 1 else f"{path} on {device}"
-    return Rate(float(np.median(values[WARM_UP_STEPS:])) / processes, source, device)
+    lengths = [r["answer_tokens"] for r in steps[WARM_UP_STEPS:] if "answer_tokens" in r]
+    return Rate(float(np.median(values[WARM_UP_STEPS:])) / processes, source, device, float(np.median(lengths)) if lengths else None)
 
 
 def tabled_rate(skeleton: Skeleton, card: Card | None, checkpointing: float) -> Rate | None:
@@ -464,6 +502,38 @@ def time_finding(order: Order, rate: Rate | None, where: Place, card: Card | Non
         return None, Finding("look", "time", f"{what}; no rate is known {on}", "--rate RUN takes that of an earlier run; 20 steps make one")
     speed = rate.tokens * where.processes
     text = f"{clock(tokens / speed)} for {what}, at {speed:,.0f} tokens/s ({rate.source})"
+    if rate.device and not rate.is_of(where, card):
+        return tokens / speed, Finding("look", "time", text, "that run was on other hardware: a run of 20 steps here gives its rate")
+    if rate.answer_tokens is not None:
+        return tokens / speed, Finding("look", "time", text, "that run sampled its answers as well: a run of 20 steps gives a rate without")
+    return tokens / speed, Finding("ok", "time", text)
+
+
+def sampled_time_finding(
+    recipe: Recipe, order: Order, rate: Rate | None, where: Place, card: Card | None, checkpointing: float
+) -> tuple[float | None, Finding]:
+    """Of GRPO. `order`: of the prompts. An earlier run of GRPO tells what sampling, judging and learning take together; any other rate is
+    one of training passes, and no word about the rest.
+    """
+    config, steps = recipe.grpo, order.num_steps
+    answers = min(order.num_positions, steps * order.rows_per_step) * config.group_size
+    of_prompt = tokens_of_run(order) * config.group_size / answers
+    what = f"{steps:,} steps x {answers / steps:,.0f} answers"
+    if rate is None:
+        on = "for this hardware" if where.cpu or card is None else f"for such a model on a {card.name}"
+        text = f"{what} of up to {of_prompt + config.max_new_tokens:,.0f} tokens with their prompts; no rate is known {on}"
+        return None, Finding("look", "time", text, "--rate RUN takes that of an earlier run of GRPO; 20 steps make one")
+    speed = rate.tokens * where.processes
+    if rate.answer_tokens is None:
+        # forward, backward and a share of forward again is what the rate is of; the reference goes forward once
+        passes = config.updates + (1 / (2 + checkpointing) if config.beta else 0)
+        seconds = answers * (of_prompt + config.max_new_tokens) * passes / speed
+        text = f"up to {clock(seconds)} for the training passes of {what}, at {speed:,.0f} tokens/s ({rate.source})"
+        remedy = "sampling comes on top: --rate RUN takes the rate of an earlier run of GRPO; 20 steps make one"
+        return None, Finding("look", "time", f"{text}; what sampling takes is not known", remedy)
+    each = of_prompt + min(rate.answer_tokens, config.max_new_tokens)
+    tokens = round(answers * each)
+    text = f"{clock(tokens / speed)} for {what} x {each:,.0f} tokens = {tokens:,}, at {speed:,.0f} tokens/s ({rate.source})"
     if rate.device and not rate.is_of(where, card):
         return tokens / speed, Finding("look", "time", text, "that run was on other hardware: a run of 20 steps here gives its rate")
     return tokens / speed, Finding("ok", "time", text)

@@ -243,7 +243,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], previews: Sequence[Mapping[str,
         rewards = [of("reward_chosen", "good"), of("reward_rejected", "bad")]
         add("Rewards", rewards, [("good", "chosen"), ("bad", "rejected")])
         with_dev("Log-ratio of both answers, nats per token", "log_ratio")
-    if any("kl" in r for r in steps):  # GRPO
+    if any("reward" in r for r in steps):  # GRPO
         add("Reward of an answer", [of("reward")])
         add("Answers that end by themselves", [of("finished")], percent=True)
         add("Words of an answer", [of("words")], from_zero=True)

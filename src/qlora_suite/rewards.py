@@ -7,19 +7,24 @@
         - {path: "my_rewards.py:polite"}        # def polite(answer): return float("please" in answer.text)
 
 A function of your own gets a generation.Answer: `text`, `num_tokens`, `stopped` (did the model end it by itself?), `repetition`, and
-`prompt` (all that stands before the answer, with the format's markers). Its file is run as Python, in every process of the run.
+`prompt` (all that stands before the answer, with the format's markers). Its file is run as Python, in every process of the run. It may
+take its time: as long as stop.hung_after_minutes for an answer, and on several processes for all of a step's, for they wait for each
+other.
 """
 
 import functools
 import importlib.util
 import itertools
 import math
+import numbers
 import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+
+import numpy as np
 
 from qlora_suite.files import sha256
 from qlora_suite.generation import Answer
@@ -74,7 +79,7 @@ def judged(answer: Answer, judges: dict[str, tuple[float, Judge]]) -> dict[str, 
             value = judge(answer)
         except Exception as error:
             raise ValueError(f"reward {name} failed with {type(error).__name__}: {error}; the answer was {answer.text[:80]!r}") from error
-        if not isinstance(value, bool | int | float) or not (math.isfinite(value) and 0 <= value <= 1):
+        if not isinstance(value, numbers.Real | np.bool_) or not (math.isfinite(value) and 0 <= value <= 1):
             raise ValueError(f"reward {name} gave {value!r}, not a number from 0 to 1; the answer was {answer.text[:80]!r}")
         values[name] = float(value)
     return values

@@ -5,7 +5,8 @@
 
 A sample is a function of the seed, the step, its prompt's place in the step, its number in the group, and the weights. It does not
 depend on what else is in its batch, but for rounding: in fp32 where a number that was drawn lies within 1e-6 of the edge between two
-tokens; in 16 bits, where logits change with the batch by a hundredth, another batch gives other answers now and then.
+tokens; in 16 bits, where logits change with the batch by a hundredth, another batch gives other answers now and then. So a resumed
+run goes on with batches of the size that it had come to (`Sampler.at_once`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,7 +49,7 @@ class Sample:
     old: Tensor | None = None
     """[ids] float32: log-probabilities of the ids when they were sampled, and"""
     reference: Tensor | None = None
-    """before training; both come with the first update."""
+    """before training, where a KL divergence is asked for; both come with the first update."""
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +62,11 @@ class Sample:
         return {"input_ids": [*self.prompt, *self.ids], "supervised": supervised, "lengths": [self.num_tokens]}
 
 
+def blank_row(length: int) -> dict[str, Any]:
+    """As `Sample.row`, of so many tokens of which nothing is said: to try what memory the longest answer takes."""
+    return {"input_ids": [0] * length, "supervised": [False] * length, "lengths": [length]}
+
+
 class Sampler:
     def __init__(
         self,
@@ -71,16 +77,18 @@ class Sampler:
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
+        at_once: int | None = None,
     ) -> None:
         self.net, self.renderer, self.grpo, self.judges = net, renderer, grpo, dict(judges)
         self.sampling, self.device, self.dtype = Sampling(grpo.temperature, seed=seed), device, dtype
-        self.at_once: int | None = None
-        """Answers in one batch: all, until memory is short."""
+        self.at_once = at_once
+        """Answers in one batch: all (None), until memory is short."""
 
     def __call__(self, step: int, prompts: Mapping[int, Sequence[int]], stop: Callable[[], bool] = lambda: False) -> list[Sample] | None:
-        """A group of answers to each prompt, by its place in the step; None if `stop`, which is asked at every token, says so.
+        """A group of answers to each prompt, by its place in the step; None if `stop`, which is asked at every token and before every
+        answer that is judged, says so.
 
-        Raises ValueError for a reward that fails.
+        Raises ValueError for a reward that fails, or if memory is too short for a single answer.
         """
         keys = [(step, place, number) for place in prompts for number in range(self.grpo.group_size)]
         found: list[list[int]] = []
@@ -89,19 +97,26 @@ class Sampler:
             try:
                 ids = self._drawn(batch, prompts, stop)
             except RuntimeError as error:
-                if not is_out_of_memory(error) or len(batch) == 1:
+                if not is_out_of_memory(error):
                     raise
+                if len(batch) == 1:
+                    length, most = len(prompts[batch[0][1]]), self.grpo.max_new_tokens
+                    raise ValueError(
+                        f"a single answer of up to {most:,} tokens to a prompt of {length:,} ran out of memory while it was sampled; does "
+                        "another program use this device? Else lower grpo.max_new_tokens"
+                    ) from None
                 ids, self.at_once = [], len(batch) // 2
             if ids is None:
                 return None
             if not ids:  # not in the block above, where the error's traceback holds on to tensors
                 release_memory()
             found += ids
-        samples = []
+        samples: list[Sample] = []
         for i, place in enumerate(prompts):
-            group = found[i * self.grpo.group_size : (i + 1) * self.grpo.group_size]
-            stop()  # judging may take its time, too
-            samples += self._judged(prompts[place], group)
+            group = self._judged(prompts[place], found[i * self.grpo.group_size : (i + 1) * self.grpo.group_size], stop)
+            if group is None:
+                return None
+            samples += group
         return samples
 
     def _drawn(
@@ -113,11 +128,15 @@ class Sampler:
             draw = Draw(self.sampling, generators)
             return decode(self.net, asked, self.renderer.stop_token_ids, self.grpo.max_new_tokens, stop, draw)
 
-    def _judged(self, prompt: Sequence[int], group: Sequence[Sequence[int]]) -> list[Sample]:
-        """The answers to one prompt, each against the others."""
+    def _judged(self, prompt: Sequence[int], group: Sequence[Sequence[int]], stop: Callable[[], bool]) -> list[Sample] | None:
+        """The answers to one prompt, each against the others. A person's own reward may take its time: `stop` is asked before each."""
         text = self.renderer.tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         answers = [answer_of(text, ids, self.renderer) for ids in group]
-        rewards = [judged(answer, self.judges) for answer in answers]
+        rewards = []
+        for answer in answers:
+            if stop():
+                return None
+            rewards.append(judged(answer, self.judges))
         totals = [sum(weight * of_one[name] for name, (weight, _) in self.judges.items()) for of_one in rewards]
         parts = zip(group, answers, rewards, totals, advantages(totals), strict=True)
         return [Sample(prompt, *one) for one in parts]
@@ -129,10 +148,11 @@ def keep(samples: Sequence[Sample], name: str, values: Tensor) -> None:
         setattr(sample, name, of_answer)
 
 
-def kept(samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def kept(samples: Sequence[Sample], device: torch.device, has_reference: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(old [tokens], reference [tokens], advantages [answers], lengths [answers]), as `grpo.summed_loss` takes them; there may be none."""
     nothing = [torch.zeros(0, device=device)]
-    old, reference = (torch.cat(nothing + [getattr(s, name) for s in samples]) for name in ("old", "reference"))
+    old = torch.cat(nothing + [s.old for s in samples])
+    reference = torch.cat(nothing + [s.reference for s in samples]) if has_reference else None
     advantage = torch.tensor([s.advantage for s in samples], dtype=torch.float32, device=device)
     return old, reference, advantage, torch.tensor([len(s.ids) for s in samples], dtype=torch.int64, device=device)
 
@@ -147,16 +167,14 @@ def sums(samples: Sequence[Sample], rewards: Iterable[str]) -> dict[str, float]:
         "answer_tokens": sum(len(s.ids) for s in samples),
         "advantage_std": sum(s.advantage**2 for s in samples),
         "tokens": sum(s.num_tokens for s in samples),
-        "kl": 0.0,
-        "clipped": 0.0,
     }
 
 
-def means(total: Mapping[str, float], num_answers: int, updates: int) -> dict[str, float]:
-    """A step's line in metrics.jsonl, from the sums of all ranks: per answer; KL and clipped ones per token, over the step's updates."""
+def means(total: Mapping[str, float], num_answers: int) -> dict[str, float]:
+    """What a step's answers were like, from the sums of all ranks."""
     found = {name: value / num_answers for name, value in total.items() if name != "tokens"}
     found["advantage_std"] **= 0.5  # their mean is 0 in every group
-    return found | {name: total[name] / (total["answer_tokens"] * updates) for name in ("kl", "clipped")}
+    return found
 
 
 def record(step: int, group: Sequence[Sample]) -> dict[str, Any]:

@@ -10,62 +10,75 @@ one prompt (the replies of one OASST message) are one prompt.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from hashlib import blake2b
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 
 from qlora_suite.dataset import Rows
+from qlora_suite.tracking import StepBar
+
+WORTH_A_BAR = 1_000_000
+"""Rows that are read in 4 s."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompts(Sequence[list[int]]):
     """Distinct prompts, in the order of the rows; read from the disk when they are asked for."""
 
     rows: Rows
-    places: list[tuple[int, int]]
-    """(row, tokens of its prompt)"""
+    row_numbers: np.ndarray
+    """Which row has it. [prompts] int64"""
+    lengths: np.ndarray
+    """Tokens of each. [prompts] int64"""
     num_asked_before: int
     """Rows whose prompt another row had."""
     num_too_long: int
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.lengths)
 
     def __getitem__(self, number: int) -> list[int]:
-        row, length = self.places[number]
-        return self.rows[row]["input_ids"][:length].tolist()
-
-    @property
-    def lengths(self) -> list[int]:
-        return [length for _, length in self.places]
+        return self.rows[int(self.row_numbers[number])]["input_ids"][: self.lengths[number]].tolist()
 
     def __str__(self) -> str:
         left_out = {"the same as another": self.num_asked_before, "too long": self.num_too_long}
         return f"{len(self):,} of {len(self.rows):,} rows" + "".join(f", {count:,} {why}" for why, count in left_out.items() if count)
 
 
-def prompt_length(row: dict[str, Any]) -> int:
-    """Where the last learnt answer of an unpacked row begins. The first token is never learnt."""
-    supervised = row["supervised"]
-    last = np.flatnonzero(supervised)[-1]
-    return int(np.flatnonzero(~supervised[:last])[-1]) + 1
+def prompt_lengths(supervised: pa.ListArray) -> np.ndarray:
+    """Where the last learnt answer of each row begins. A row has one, and its first token is never learnt. [rows] int64"""
+    flags = supervised.flatten().to_numpy(zero_copy_only=False)
+    begins = np.flatnonzero(flags & ~np.concatenate([[False], flags[:-1]]))  # of every answer, rows end to end
+    ends = np.cumsum(pyarrow.compute.list_value_length(supervised).to_numpy().astype(np.int64))
+    last = begins[np.searchsorted(begins, ends) - 1]
+    return last - np.concatenate([[0], ends[:-1]])
 
 
-def read_prompts(rows: Rows, longest: int) -> Prompts:
-    """Those of at most `longest` tokens. Reads every row, 10,000 in 2 s. Raises ValueError if none is left."""
-    places, known, too_long = [], set(), 0
-    for number in range(len(rows)):
-        row = rows[number]
-        length = prompt_length(row)
-        ids = row["input_ids"][:length].tobytes()
-        if length > longest:
-            too_long += 1
-        elif ids not in known:
-            known.add(ids)
-            places.append((number, length))
-    if not places:
+def read_prompts(rows: Rows, longest: int, visible: bool = False) -> Prompts:
+    """Those of at most `longest` tokens. Reads every row; `visible`: with a bar, where that takes its time.
+
+    Raises ValueError if no prompt is left.
+    """
+    numbers, lengths, known, done, too_long = [], [], set(), 0, 0
+    with StepBar("reading the prompts", len(rows), visible=visible and len(rows) >= WORTH_A_BAR) as bar:
+        for batch in rows.batches():
+            ids = batch["input_ids"].flatten().to_numpy()
+            begins = np.cumsum(rows.lengths[done : done + len(batch)]) - rows.lengths[done : done + len(batch)]
+            found = prompt_lengths(batch["supervised"])
+            for place in np.flatnonzero(found <= longest).tolist():
+                name = blake2b(ids[begins[place] : begins[place] + found[place]].tobytes(), digest_size=16).digest()
+                if name not in known:
+                    known.add(name)
+                    numbers.append(done + place)
+                    lengths.append(int(found[place]))
+            too_long += int((found > longest).sum())
+            done += len(batch)
+            bar.advance(done, "rows")
+    if not numbers:
         raise ValueError(
             f"every prompt of {rows.path} has more than {longest} tokens, and prompt and answer share data.max_length; lower "
             "grpo.max_new_tokens, or raise data.max_length and prepare the data again"
         )
-    return Prompts(rows, places, len(rows) - too_long - len(places), too_long)
+    return Prompts(rows, np.array(numbers), np.array(lengths), len(rows) - too_long - len(numbers), too_long)
