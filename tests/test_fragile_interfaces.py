@@ -33,6 +33,8 @@ LAUNCHES = {
     "fsdp": ("fsdp.yaml", "--fsdp_offload_params", "true", "--fsdp_activation_checkpointing", "true"),
     "deepspeed": ("deepspeed_zero2.yaml", "--gradient_accumulation_steps", "3"),
     "cpu": ("cpu.yaml",),
+    "two on a cpu": ("cpu.yaml", "--num_processes", "2"),
+    "ddp by --cpu": ("ddp.yaml", "--num_processes", "2", "--cpu"),
 }
 
 
@@ -66,6 +68,18 @@ def test_what_the_engines_refuse_is_seen_in_the_environment_that_accelerate_sets
         monkeypatch.setenv(refused.partition(" ")[0].upper(), "false")  # so that the next is seen
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     _check_environment()
+
+
+@pytest.mark.parametrize("name", ["two on a cpu", "ddp by --cpu"])
+def test_several_processes_of_which_accelerate_starts_one_are_refused(
+    launched: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for key, value in launched[name].items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match="asked for several processes, and under a config with use_cpu"):
+        _check_environment()
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    _check_environment()  # mpirun started them
 
 
 def test_a_launched_run_is_known_by_its_environment(launched: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:

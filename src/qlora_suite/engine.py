@@ -42,6 +42,8 @@ from qlora_suite.sharding import whole
 TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Where a tracker's package is not called as the tracker."""
 TRUE = ("true", "1", "yes")
+WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where torchrun or an mpirun says how many processes there are, as accelerate reads it."""
 DEEPSPEED_KEYS = {
     *("zero_optimization", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"),
     *("steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "bf16", "fp16", "torch_autocast"),
@@ -112,6 +114,14 @@ def _check_environment() -> None:
         raise ValueError(
             f"{processes} processes were launched on this machine, which has {gpus} GPU{'s'[: gpus > 1]}, one for each process; use "
             f"--num_processes {gpus * int(os.environ.get('WORLD_SIZE', processes)) // processes}"
+        )
+    # what `accelerate launch` leaves behind where it was asked for several processes on a CPU and starts one (KMP_BLOCKTIME: on a CPU)
+    several = all(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "KMP_BLOCKTIME", "MASTER_PORT"))
+    if several and not any(name in os.environ for name in WORLDS):
+        raise ValueError(
+            "accelerate launch was asked for several processes, and under a config with use_cpu (or --cpu) it starts one without a word; "
+            "several processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --config_file accelerate_configs/ddp.yaml "
+            "--num_processes 2 ..."
         )
     for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in TRUE:
