@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -304,8 +305,15 @@ def test_the_reference_is_the_adapter_that_it_starts_from(recipe: Path, whole: P
     assert all_samples(new)[0]["answers"] != all_samples(goes_on)[0]["answers"]
     said = capsys.readouterr().out
     assert f"runs {recipe.parent / 'own.py'}" in said
-    assert "the same as another; 4 answers" not in said, "some are too long as well"
-    assert "too long; 4 answers to each of 4 in a step" in said
+    num_prompts = len(read_prompts(Rows(Path(load(recipe).data.prepared) / "train.arrow"), 244))
+    assert f"data       {num_prompts} prompts; 1 steps" in said
+    assert "step       4 prompts x 4 answers on " in said
+    assert re.search(r"up to \d+ answers or [\d,]+ tokens at once", said)
+    assert not re.search(r"rows on|rows or|supervised tokens", said)
+    assert "too long\n" in said
+    assert "reward 0." in said and " of 1.25  finished" in said
+    assert said.count("begins     with a new adapter; the model is held to it as it is now (grpo.beta 0.04)") == 1
+    assert said.count(f"begins     with the adapter of {whole}; the model is held to it as it is now (grpo.beta 0.04)") == 1
 
 
 # --- interrupted
@@ -466,10 +474,12 @@ def test_a_finished_run_says_so_and_another_reward_is_another_run(recipe: Path, 
     own = recipe.parent / "own.py"
     try:
         own.write_text(LETTERS.replace("'e'", "'a'"))
-        with pytest.raises(ValueError, match=r"grpo.rewards.0.path \(function, and hash of its file\)"):
-            train(recipe, f"output.dir={whole}", by="train_grpo")
+        train(recipe, f"output.dir={whole}", by="train_grpo")
+        assert "the file of the reward letters has changed since this run was made" in capsys.readouterr().out
     finally:
         own.write_text(LETTERS)
+    with pytest.raises(ValueError, match=r"grpo.rewards.0.name: was None, is now 'no_repetition'"):
+        train(recipe, f"output.dir={whole}", "grpo.rewards=[{name: no_repetition}]", by="train_grpo")
     with pytest.raises(ValueError, match=r"grpo.beta: was 0.04, is now 0.1"):
         train(recipe, f"output.dir={whole}", "grpo.beta=0.1", by="train_grpo")
     assert snapshot(whole, ".lock") == before
