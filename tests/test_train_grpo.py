@@ -32,13 +32,14 @@ from qlora_suite.dataset import Rows, load_manifest, write_row_batches
 from qlora_suite.files import read_json, sha256
 from qlora_suite.incidents import incidents
 from qlora_suite.preemption import REQUEST
+from qlora_suite.preflight_checks import output_finding
 from qlora_suite.preparation import trimmed
 from qlora_suite.recipe import Chat
 from qlora_suite.recipe_file import load
 from qlora_suite.report_page import curves
 from qlora_suite.rewards import judges_of
 from qlora_suite.role_markers import RoleMarkers, add_role_markers
-from qlora_suite.run_folder import Run
+from qlora_suite.run_folder import Run, begins_with
 from qlora_suite.samples import Sampler
 from qlora_suite.selection import Counts, selected
 from qlora_suite.tracking import Journal
@@ -757,6 +758,29 @@ def test_a_reward_that_fails_on_the_second_process_loses_no_step(recipe: Path) -
     assert state_of(run) == ("failed", 3)
 
 
+def test_preflight_knows_the_run_of_a_recipe_with_own_rewards(recipe: Path, whole: Path) -> None:
+    values = load(recipe, [f"output.dir={whole}"])
+    assert "is finished" in output_finding(values, load_manifest(values)).text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["grpo=null"], ""),
+        (["grpo=null", "adapter.start_from=runs/a"], "with the adapter of runs/a"),
+        (["adapter.start_from=runs/a"], "with the adapter of runs/a; the model is held to it as it is now (grpo.beta 0.04)"),
+        (["adapter.start_from=runs/a", "grpo.beta=0"], "with the adapter of runs/a; nothing holds the model to it (grpo.beta 0)"),
+        (["grpo=null", "dpo={}"], "with a new adapter; the model is held to it as it is now (dpo.beta 0.1)"),
+        (
+            ["adapter=none", "model.quantization=none"],
+            "with the weights of the base; the model is held to them as they are now (grpo.beta 0.04)",
+        ),
+    ],
+)
+def test_where_a_run_begins_is_said(recipe: Path, overrides: list[str], words: str) -> None:
+    assert begins_with(load(recipe, overrides)) == words
+
+
 # --- steps in which no answer is better than another
 
 
@@ -866,7 +890,7 @@ def test_a_reward_gets_the_question_and_the_answer_that_the_data_has(tmp_path: P
     assert seen.keys() == set(QUESTIONS)
     assert [seen[q][0] for q in QUESTIONS] == [*(f"It is {q}\n" for q in QUESTIONS[:6]), *[None] * 6]
     assert all(q in seen[q][1] and q != seen[q][1] for q in QUESTIONS)
-    assert {record.get("expected") for record in all_samples(run)} & {None, *(f"It is {q}\n" for q in QUESTIONS[:6])}
+    assert {record.get("expected") for record in all_samples(run)} <= {None, *(f"It is {q}\n" for q in QUESTIONS[:6])}
     assert state_of(run) == ("finished", 3)
 
 
