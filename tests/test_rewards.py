@@ -197,8 +197,9 @@ def test_a_file_that_exits_is_refused(tmp_path: Path) -> None:
         judges_of([Reward(path=f"{file}:mine")])
 
 
-def test_a_file_may_import_the_files_beside_it_and_nothing_else_takes_another_place(tmp_path: Path) -> None:
-    """`json` of Python is not the file of that name; and the path is as it was, also after a file that fails."""
+def test_a_file_may_import_the_files_beside_it_and_shadows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`colorsys` of Python is not the file of that name; and the path is as it was, also after a file that fails."""
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     (tmp_path / "words_of_ours.py").write_text("POLITE = 'please'\n")
     (tmp_path / "json.py").write_text("raise RuntimeError('not me')\n")
     (tmp_path / "colorsys.py").write_text("raise RuntimeError('not me')\n")

@@ -604,7 +604,9 @@ def test_without_a_beta_there_is_no_reference(recipe: Path, whole: Path, monkeyp
     assert not any("KL" in title for title in titles)
 
 
-def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_ones(recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_ones(
+    recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, known, sizes = recipe.parent / "short", script("train_grpo").grpo.summed_loss, []
 
     def short(now: torch.Tensor, *rest: Any) -> Any:
@@ -619,6 +621,7 @@ def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_ones(recipe: Pa
     assert sizes[:3] == [16, 8, 4]
     assert max(sizes[3:]) == 4
     assert [r["rows"] for r in lines(run / "metrics.jsonl") if r.get("event") == "out of memory"] == [8, 4]
+    assert "with at most 4 answers or " in capsys.readouterr().out
     assert_near(run, whole)
 
 
@@ -772,7 +775,7 @@ def test_preflight_knows_the_run_of_a_recipe_with_own_rewards(recipe: Path, whol
         (["adapter.start_from=runs/a", "grpo.beta=0"], "with the adapter of runs/a; nothing holds the model to it (grpo.beta 0)"),
         (
             ["grpo=null", "dpo={}", "data.policy=preference_pairs"],
-            "with a new adapter; the model is held to it as it is now (dpo.beta 0.1)",
+            "with a new adapter; the model is held to it as it is now (dpo.beta",
         ),
         (
             ["adapter=none", "model.quantization=none"],

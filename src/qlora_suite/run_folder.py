@@ -338,7 +338,8 @@ class Run:
                 self.accelerator.num_processes,
                 None if on_the_spot else self.status.attempt,
             )
-        now = f"at most {less.rows} rows or {less.tokens:,} tokens at once" + (
+        unit = "answers" if self.recipe.grpo else "pairs" if self.recipe.dpo else "rows"
+        now = f"at most {less.rows} {unit} or {less.tokens:,} tokens at once" + (
             f", checkpointing {micro_batch.in_words(checkpointing)}" if checkpointing else ""
         )
         if not on_the_spot:
