@@ -11,7 +11,6 @@ one prompt (the replies of one OASST message) are one prompt.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from os.path import commonprefix
 
 import numpy as np
 import pyarrow as pa
@@ -107,7 +106,7 @@ def question_finder(renderer: Renderer) -> Callable[[str], str]:
     between = written(question, answer, question).rpartition(question.content)[0].rpartition(answer.content)[2]
 
     def question_of(text: str) -> str:
-        last = text.rpartition(between)[2] if between and between in text else text[len(commonprefix([text, front])) :]
+        last = text.rpartition(between)[2] if between and between in text else text.removeprefix(front)
         return last.partition(behind)[0] if behind else last
 
     return question_of
