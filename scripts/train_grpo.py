@@ -155,7 +155,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
             run.resume_engine(engine, state)
         set_timeout_of_every_group(process_group_timeout(hung_after))
         run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing, paths=paths)
-        say_once(f"prompts    {prompts}; {config.group_size} answers to each of {recipe.train.rows_per_step} in a step")
+        say_once(f"prompts    {prompts}")
         say_once(f"rewards    {rewards.in_words(config.rewards)}")
         journal = Journal(run.path / "samples.jsonl", state.step) if run.main else None
         sampler = Sampler(engine.unwrapped, renderer, config, judges, recipe.seed, accelerator.device, dtype, state.answers_at_once)
@@ -212,29 +212,53 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         # ---- the loop -------------------------------------------------------------------------------------------------------
         look_around()
         outcome = run_folder.ON_REQUEST if engine.any_rank(stop.asked()) else ""
-        last_save = time.monotonic()
+        last_save, said_alike = time.monotonic(), False
         with StepBar("training", num_steps, state.step, visible=run.main) as bar:
             for step in range(state.step, num_steps if not outcome else state.step):
                 step_began = time.monotonic()
                 places = {place: row for place, row in enumerate(order.rows_for_step(step)) if row != EMPTY}
                 num_answers = len(places) * config.group_size  # of the whole step, on all ranks
-                with together(accelerator):  # a reward that fails ends all of them
-                    answers = sampler(step, {place: prompts[row] for place, row in places.items() if place % world == rank}, asked)
-                if engine.any_rank(answers is None):  # a request to stop: the step has not begun
-                    outcome = run_folder.ON_REQUEST
+                mine = {place: row for place, row in places.items() if place % world == rank}
+                failed = None
+                with together(accelerator):
+                    try:
+                        expected = {place: prompts.expected(row) for place, row in mine.items()}
+                        answers = sampler(step, {place: prompts[row] for place, row in mine.items()}, asked, expected)
+                    except rewards.RewardFailed as error:
+                        answers, failed = None, error
+                none, fails = engine.sum_over_ranks(answers is None, failed is not None)
+                if none:  # a request to stop, or a reward that failed on one rank: the step has not begun on any
+                    saved = False
                     if state.step:
                         with watch.allow(f"saving step {state.step}"):
-                            run.save(state, net, engine, tokenizer, required=True)
+                            saved = run.save(state, net, engine, tokenizer, required=not fails)
+                    with together(accelerator):
+                        if failed:
+                            kept = f"step {state.step} is {'' if saved else 'NOT '}saved" if state.step else "nothing has been learnt yet"
+                            raise ValueError(f"{failed}; {kept}: mend the function, and the same command goes on") from failed
+                    outcome = run_folder.ON_REQUEST
                     break
 
                 learning_rate = lr_at(step, recipe.optim, num_steps)
                 engine.set_lr(learning_rate)
+                sums = samples.sums(answers, judges)
+                total = dict(zip(sums, engine.sum_over_ranks(*sums.values()), strict=True))
+                teaches = total["groups_alike"] < num_answers
+                if not teaches and not said_alike:
+                    said_alike = True
+                    say_once(
+                        f"step {step + 1}: within each of its groups all answers earned the same, so nothing is learnt from it (said once; "
+                        "groups_alike in metrics.jsonl is their share)"
+                    )
                 updates, skipped_before = [], state.skipped_steps
-                for update in range(config.updates):
+                for update in range(config.updates if teaches else 1):  # one, to measure the loss
                     loss_sum, grad_norm, *measured = engine.totals(gradients_of(answers, num_answers, first=update == 0))
                     loss = loss_sum / num_answers
                     updates.append([loss, grad_norm, *measured])
                     found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
+                    if not teaches and found != anomalies.NOT_FINITE:
+                        engine.step(False)  # of the KL divergence there is a gradient, whose rounding errors Adam would make whole steps
+                        continue
                     applied = is_applied(found, recipe.optim)
                     if found and not is_scale_search(found, loss, dtype, engine.loss_scale(), state.skipped_in_a_row):
                         run.add_anomaly(state, found, None, loss, grad_norm, applied)
@@ -247,16 +271,14 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                             check_skipped(state.skipped_in_a_row, most, dtype, scale, found, step_rows)
 
                 state.step = step + 1
-                sums = samples.sums(answers, judges)
-                total = dict(zip(sums, engine.sum_over_ranks(*sums.values()), strict=True))
                 means = samples.means(total, num_answers)
                 losses, norms, *measured = zip(*updates, strict=True)
-                tokens_learnt = total["answer_tokens"] * config.updates
+                tokens_learnt = total["answer_tokens"] * len(updates)
                 seconds = time.monotonic() - step_began
                 state.tokens, state.seconds = state.tokens + int(total["tokens"]), state.seconds + seconds
                 run.add_metrics(
                     step=state.step,
-                    loss=sum(losses) / config.updates,
+                    loss=sum(losses) / len(updates),
                     **means,
                     **{name: sum(values) / tokens_learnt for name, values in zip(grpo.MEASURES, measured, strict=False)},
                     learning_rate=learning_rate,
@@ -268,8 +290,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                     peak_memory_gib=round(peak_memory_gib(accelerator.device), 3),
                 )
                 shown = list(places)[step % len(places)]  # another one of the step's prompts each time, from the rank that has it
-                mine = [place for place in places if place % world == rank]
-                group = mine.index(shown) * config.group_size if shown in mine else None
+                group = list(mine).index(shown) * config.group_size if shown in mine else None
                 record = None if group is None else samples.record(state.step, answers[group : group + config.group_size])
                 records, sizes = zip(*gathered(accelerator, (record, sampler.at_once)), strict=True)
                 state.answers_at_once = sampler.at_once = min(filter(None, sizes), default=None)  # from now on the same on all ranks
@@ -277,7 +298,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                     journal.add(next(filter(None, records)))
                     with contextlib.suppress(OSError):  # it is made anew each time
                         samples.write_page(run.path / "samples.md", journal.records)
-                note = f"reward {means['reward']:.3f}  finished {means['finished']:.0%}  {means['words']:.0f} words"
+                worth = f"reward {means['reward']:.3f} of {rewards.most(config.rewards):g}"
+                note = f"{worth}  finished {means['finished']:.0%}  {means['words']:.0f} words"
                 bar.advance(state.step, f"{note}  {state.tokens / state.seconds:,.0f} tokens/s")
 
                 look_around()
@@ -293,6 +315,13 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
 
         if journal is not None and not journal.flush():
             say(f"samples.jsonl LACKS its last lines ({journal.error}); the same command does not write them again")
+        with together(accelerator):
+            if state.step == num_steps and not (state.norms or state.skipped_steps):
+                raise ValueError(
+                    f"in none of the {num_steps} steps did two answers to one prompt earn differently, so nothing was learnt, and there is "
+                    f"no result: look at {run.path / 'samples.md'}, change grpo.rewards so that some answers earn more than others (by "
+                    "degrees, or for what some answers reach already), and choose another output.dir"
+                )
         with watch.allow("writing the result"):
             run.end(state, net, tokenizer, outcome, stop)
 

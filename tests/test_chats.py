@@ -577,3 +577,58 @@ def test_turns_carry_no_flag_but_that_of_an_answer():
     found = result({"prompt": [{"role": "system", "content": "S"}, *MESSAGES[:3]], "completion": "fine"}, "prompt")
     context = Turn("assistant", "hello", learn=False)
     assert found.turns == (Turn("system", "S"), Turn("user", "hi"), context, Turn("user", "and you?"), Turn("assistant", "fine"))
+
+
+# --- prompts without answers, for GRPO
+
+
+ASKED = (Turn("user", "hi"), Turn("assistant", ""))
+
+
+@pytest.mark.parametrize(
+    ("form", "values"),
+    [
+        ("prompt", {"prompt": "hi"}),
+        ("prompt", {"prompt": "hi", "completion": None}),
+        ("prompt", {"prompt": "hi", "completion": " "}),
+        ("prompt", {"prompt": "hi", "response": ""}),
+        ("prompt", {"prompt": MESSAGES[:1], "completion": []}),
+        ("messages", {"messages": MESSAGES[:1]}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}]}),
+        ("alpaca", {"instruction": "hi", "input": "", "output": ""}),
+    ],
+)
+def test_a_prompt_needs_no_answer_where_the_model_gives_one(form, values):
+    assert form_of(values, {}, prompts=True) == recognise([row(values)], source(), prompts=True) == form
+    found = conversation_of(row(values), form, source(form=form), prompts=True)
+    assert found.turns == ASKED
+    assert found.is_prompt
+    without = conversation_of(row(values), form, source(form=form))
+    assert isinstance(without, BadRow) or without.without_open_end() is None, "nothing that could be learnt"
+
+
+def test_answers_that_are_there_stay_and_a_pair_gives_its_chosen_one():
+    for form, values in {
+        "prompt": {"prompt": "hi", "completion": "hello"},
+        "messages": {"messages": MESSAGES[:2]},
+        "alpaca": {"instruction": "hi", "output": "hello"},
+        "pairs": {"prompt": "hi", "chosen": "hello", "rejected": "what"},
+    }.items():
+        found = conversation_of(row(values), form, source(form=form), prompts=True)
+        assert (found.turns, found.rejected, found.is_prompt) == ((Turn("user", "hi"), Turn("assistant", "hello")), None, False)
+    later = conversation_of(row({"messages": MESSAGES[:3]}), "messages", source(form="messages"), prompts=True)
+    assert later.turns == (*(Turn(role, text) for role, text in TALK[:3]), Turn("assistant", ""))
+
+
+@pytest.mark.parametrize(
+    ("form", "values"),
+    [
+        ("prompt", {"prompt": " "}),
+        ("prompt", {"prompt": "hi", "completion": 3}),
+        ("prompt", {"completion": "x"}),
+        ("messages", {"messages": []}),
+        ("text", {"text": " "}),
+    ],
+)
+def test_what_asks_nothing_is_no_prompt_either(form, values):
+    assert isinstance(conversation_of(row(values), form, source(form=form), prompts=True), BadRow)

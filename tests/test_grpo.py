@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from qlora_suite import reference_weights
-from qlora_suite.grpo import advantages, log_probabilities, summed_loss
+from qlora_suite.grpo import advantages, are_alike, log_probabilities, summed_loss
 from qlora_suite.loss import Batch, collate
 from qlora_suite.model import load_tokenizer
 from qlora_suite.recipe import Model
@@ -242,3 +242,10 @@ def test_an_error_puts_the_learnt_weights_back(tiny_base: Path) -> None:
     with pytest.raises(RuntimeError), reference():
         raise RuntimeError
     assert (model.lm_head.bias >= 0.5).all()
+
+
+def test_sums_that_differ_by_their_rounding_are_the_same_reward() -> None:
+    assert 0.1 + 0.2 != 0.3
+    assert advantages([0.1 + 0.2, 0.3, 0.3]) == [0, 0, 0]
+    assert are_alike([0.1 + 0.2, 0.3])
+    assert not are_alike([0.3, 0.3 + 1e-6])

@@ -683,3 +683,53 @@ def test_lines_to_paste_hold_every_rule_that_rows_were_read_by_and_any_name(
     assert pasted["data"].items() >= {"source": str(odd), "form": "text", "fields": {"text": "b, c"}, "split": "by_hash"}.items()
     assert (pasted["data"]["learn_after"], pasted["data"]["learn_until"]) == (["A:"], ["Q: "])
     assert pasted["chat"] == {"format": "text"}
+
+
+# --- prompts without answers
+
+
+GRPO = ("data.policy=null", "data.packing=false", "chat.role_markers=text", "grpo={rewards: [{name: no_repetition}], max_new_tokens: 16}")
+
+
+def test_prompts_without_answers_are_data_for_grpo_alone(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"What is {n}?"} for n in range(60)])
+    path = make_recipe(f"data.source={file}", *GRPO)
+    recipe = load(path)
+    export = tmp_path / "out.jsonl"
+    counts = prepared(script, recipe, export=export)["counts"]
+    for split in SPLITS:
+        assert counts[split]["prompts"] == counts[split]["kept"] > 0
+    assert len(rows_of(recipe)) == counts["train"]["kept"]
+    assert all(one.is_prompt and len(one.turns) == 2 for one in validation_of(recipe))
+    assert all(len(json.loads(line)["messages"]) == 1 for line in export.read_text().splitlines())
+    with pytest.raises(ValueError, match="it was prepared for a recipe with grpo, and this has none"):
+        load_manifest(load(path, ["grpo=null"]))
+    with pytest.raises(ValueError, match="the rows have the keys prompt, which are no form that is known here"):
+        script.run(load(path, ["grpo=null", f"data.prepared={tmp_path}/other"]))
+
+
+def test_limits_of_replies_do_not_drop_what_has_none(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": "one two three" if n % 2 else None} for n in range(40)]
+    file = write_lines(tmp_path / "prompts.jsonl", rows)
+    limits = ("data.replies={max_words: 2}", "data.validation_share=0.0", "data.dev_share=0.0")
+    counts = prepared(script, load(make_recipe(f"data.source={file}", *GRPO, *limits)))["counts"]["train"]
+    assert (counts["kept"], counts["prompts"], counts["no_reply"]) == (20, 20, 20)
+
+
+def test_pairs_are_prompts_for_grpo_and_policies_of_pairs_are_not(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "pairs.jsonl", [{"prompt": f"What is {n}?", "chosen": "This", "rejected": "That"} for n in range(60)])
+    path = make_recipe(f"data.source={file}", *GRPO)
+    for override in ("data.form=null", "data.form=pairs"):
+        manifest = prepared(script, load(path, [override]))
+        assert not manifest["pairs"]
+        assert manifest["counts"]["train"]["prompts"] == 0
+        assert {one.turns[1].content for one in validation_of(load(path))} == {"This"}
+        assert {one.rejected for one in validation_of(load(path))} == {None}
+    with pytest.raises(ValueError, match="preference_pairs gives pairs, of which grpo would ask the prompts; use policy: all_paths"):
+        load(path, ["data.policy=preference_pairs"])
+
+
+def test_trees_are_the_same_with_grpo_and_without(script: ModuleType, make_recipe: MakeRecipe) -> None:
+    path = make_recipe("data.packing=false", "chat.role_markers=text")
+    prepared(script, load(path))
+    load_manifest(load(path, [GRPO[-1]]))

@@ -1,5 +1,7 @@
 """What an answer is worth, by cases; and a person's own function, which is run and watched."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from qlora_suite import rewards
 from qlora_suite.generation import Answer
 from qlora_suite.recipe import Reward
 from qlora_suite.recipe_file import load
-from qlora_suite.rewards import fingerprints, has_format, in_words, judged, judges_of, no_repetition, within_words
+from qlora_suite.rewards import Candidate, RewardFailed, fingerprints, has_format, in_words, judged, judges_of, no_repetition, within_words
 
 GRPO = ("data.packing=false", "grpo.max_new_tokens=16")
 
@@ -100,11 +102,13 @@ def test_what_a_file_says_belongs_to_the_run_and_where_it_lies_does_not(tmp_path
         ("return None", "gave None"),
         ("return float('nan')", "gave nan"),
         ("return answer.txt", "reward polite failed with AttributeError"),
+        ("raise SystemExit", "reward polite failed with SystemExit; the answer was 'hello'"),
+        ("raise SystemExit(3)", "reward polite failed with SystemExit: 3; the answer was 'hello'"),
     ],
 )
 def test_a_function_that_fails_or_gives_no_share_is_named(tmp_path: Path, body: str, words: str) -> None:
     judges = judges_of([Reward(path=own(tmp_path, body))])
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(RewardFailed, match=words):
         judged(answer("hello"), judges)
 
 
@@ -132,14 +136,17 @@ def test_files_that_cannot_be_run_are_refused(tmp_path: Path) -> None:
         ("{name: format, pattern: '('}", "pattern is no regular expression"),
         ("{name: no_repetition, words: 3}", "words has no effect with no_repetition"),
         ("{path: 'x.py:f', pattern: a}", "pattern has no effect with a function of your own"),
-        ("{path: x.py}", "grpo.rewards.0.path"),
+        ("{path: x.py}", "grpo.rewards.0.path: 'x.py' names no function in a file; write FILE.py:FUNCTION"),
         ("{name: within_words, words: 3, min_words: 4}", "no answer could be good"),
         ("{name: within_words, words: 3, weight: 0}", "grpo.rewards.0.weight"),
     ],
 )
 def test_a_reward_that_cannot_work_is_a_mistake_in_the_recipe(make_recipe: MakeRecipe, reward: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as caught:
         load(make_recipe(*GRPO), [f"grpo.rewards=[{reward}]"])
+    first, complaint = str(caught.value).splitlines()
+    assert first.endswith("has 1 problem:")
+    assert not re.search(r"tuple|pattern '|validation", complaint)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +155,7 @@ def test_a_reward_that_cannot_work_is_a_mistake_in_the_recipe(make_recipe: MakeR
         ("data.packing=true", "grpo needs data.packing: false"),
         ("grpo.max_new_tokens=256", "leave no room for a prompt"),
         ("grpo.group_size=1", "grpo.group_size"),
-        ("grpo.rewards=[]", "grpo.rewards"),
+        ("grpo.rewards=[]", "grpo.rewards: nothing says what an answer is worth; name a reward"),
         ("chat.loss_on=all", "answers that are told from their prompts"),
         ("adapter.dropout=0.1", "adapter.dropout and neftune_noise_alpha change that at random"),
         ("evaluation.every_steps=5", "evaluation.every_steps keeps the checkpoint with the lowest development loss"),
@@ -188,3 +195,43 @@ def test_a_file_that_exits_is_refused(tmp_path: Path) -> None:
     file.write_text("raise SystemExit(3)\n")
     with pytest.raises(ValueError, match=r"cannot be run: SystemExit: 3"):
         judges_of([Reward(path=f"{file}:mine")])
+
+
+def test_a_file_may_import_the_files_beside_it_and_shadows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`colorsys` of Python is not the file of that name; and the path is as it was, also after a file that fails."""
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    (tmp_path / "words_of_ours.py").write_text("POLITE = 'please'\n")
+    (tmp_path / "json.py").write_text("raise RuntimeError('not me')\n")
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError('not me')\n")
+    (tmp_path / "own.py").write_text(
+        "import json, colorsys\nfrom words_of_ours import POLITE\n\n"
+        "def polite(answer):\n    return json.loads('1') * (POLITE in answer.text)\n"
+    )
+    before = list(sys.path)
+    try:
+        judges = judges_of([Reward(path=f"{tmp_path}/own.py:polite")])
+    finally:
+        sys.modules.pop("words_of_ours", None)
+    assert sys.path == before
+    assert [judged(answer(text), judges)["polite"] for text in ("please", "now")] == [1, 0]
+    (tmp_path / "own.py").write_text("raise RuntimeError('broken')\n")
+    with pytest.raises(ValueError, match="cannot be run: RuntimeError: broken"):
+        judges_of([Reward(path=f"{tmp_path}/own.py:polite")])
+    assert sys.path == before
+
+
+def test_the_example_of_the_docstring_compares_with_the_answer_of_the_data(tmp_path: Path) -> None:
+    example = re.search(r"    import re\n.*?\n\n(?=It gets)", rewards.__doc__, re.DOTALL)[0]
+    (tmp_path / "my_rewards.py").write_text(re.sub("^    ", "", example, flags=re.MULTILINE))
+    judges = judges_of([Reward(path=f"{tmp_path}/my_rewards.py:right")])
+
+    def worth(said: str, expected: str | None) -> float:
+        return judged(Candidate.of(answer(said), question="6 x 7?", expected=expected), judges)["right"]
+
+    assert [worth("6 x 7 = 42.", said) for said in ("That is #### 42", "#### 41", None, "")] == [1, 0, 0, 0]
+    assert worth("many", "42") == worth("", None) == 0
+
+
+def test_an_answer_without_its_data_is_judged_by_its_prompt(tmp_path: Path) -> None:
+    judges = judges_of([Reward(path=own(tmp_path, "return answer.question == 'prompt' and answer.expected is None"))])
+    assert judged(answer("x"), judges) == {"polite": 1}

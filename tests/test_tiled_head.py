@@ -120,3 +120,20 @@ def test_no_more_logits_than_a_tile_exist_at_a_time_and_none_are_kept(trained: s
     assert min(seen(plain_losses)) >= TOKENS
     tiled_head.use(head, VOCABULARY)
     assert seen(tiled_losses) == (8, 0)
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_a_temperature_divides_the_logits_of_every_tile(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, places, targets, factors = given()
+    head = head_of(trained)
+    logits = head(hidden).flatten(0, 1).index_select(0, places)
+    expected = nn.functional.cross_entropy(logits / 0.7, targets, reduction="none")
+    wanted = gradients(head, expected, hidden, factors)
+    monkeypatch.setattr(tiled_head, "LOGITS_PER_TILE", 7 * VOCABULARY)
+    tiled_head.use(head, VOCABULARY)
+    with tiled_head.asked(places, targets, summed=False, temperature=0.7) as question:
+        found = head(hidden).flatten()
+    assert question.answered
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(gradients(head, found, hidden, factors), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import processes
+import pyarrow as pa
 import pytest
 import torch
 from conftest import ROOT, MakeRecipe, write_recipe
+from families import FAMILIES, tokenizer_of
 from in_process import column, lines, metrics, prepared, script, train
 from safetensors.torch import load_file
 from same_run import FINAL, assert_same, curve, snapshot, state_of
@@ -24,19 +27,23 @@ from same_run import FINAL, assert_same, curve, snapshot, state_of
 from qlora_suite import compatibility, generation, grpo, loss, micro_batch, reference_weights, run_facts, samples
 from qlora_suite.chat import Renderer
 from qlora_suite.checkpoint import State
+from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.dataset import Rows, load_manifest, write_row_batches
-from qlora_suite.files import read_json
+from qlora_suite.files import read_json, sha256
+from qlora_suite.incidents import incidents
 from qlora_suite.preemption import REQUEST
+from qlora_suite.preflight_checks import output_finding
 from qlora_suite.preparation import trimmed
+from qlora_suite.recipe import Chat
 from qlora_suite.recipe_file import load
 from qlora_suite.report_page import curves
 from qlora_suite.rewards import judges_of
-from qlora_suite.role_markers import RoleMarkers
-from qlora_suite.run_folder import Run
+from qlora_suite.role_markers import RoleMarkers, add_role_markers
+from qlora_suite.run_folder import Run, begins_with
 from qlora_suite.samples import Sampler
 from qlora_suite.selection import Counts, selected
 from qlora_suite.tracking import Journal
-from qlora_suite.train_prompts import prompt_lengths, read_prompts
+from qlora_suite.train_prompts import prompt_lengths, question_finder, read_prompts
 from qlora_suite.trainable import build_model
 from qlora_suite.watchdog import Watchdog
 
@@ -304,8 +311,15 @@ def test_the_reference_is_the_adapter_that_it_starts_from(recipe: Path, whole: P
     assert all_samples(new)[0]["answers"] != all_samples(goes_on)[0]["answers"]
     said = capsys.readouterr().out
     assert f"runs {recipe.parent / 'own.py'}" in said
-    assert "the same as another; 4 answers" not in said, "some are too long as well"
-    assert "too long; 4 answers to each of 4 in a step" in said
+    num_prompts = len(read_prompts(Rows(Path(load(recipe).data.prepared) / "train.arrow"), 244))
+    assert f"data       {num_prompts} prompts; 1 steps" in said
+    assert "step       4 prompts x 4 answers on " in said
+    assert re.search(r"up to \d+ answers or [\d,]+ tokens at once", said)
+    assert not re.search(r"rows on|rows or|supervised tokens", said)
+    assert "too long\n" in said
+    assert re.search(r"reward \d\.\d+ of 1\.25  finished", said)
+    assert said.count("begins     with a new adapter; the model is held to it as it is now (grpo.beta 0.04)") == 1
+    assert said.count(f"begins     with the adapter of {whole}; the model is held to it as it is now (grpo.beta 0.04)") == 1
 
 
 # --- interrupted
@@ -466,10 +480,12 @@ def test_a_finished_run_says_so_and_another_reward_is_another_run(recipe: Path, 
     own = recipe.parent / "own.py"
     try:
         own.write_text(LETTERS.replace("'e'", "'a'"))
-        with pytest.raises(ValueError, match=r"grpo.rewards.0.path \(function, and hash of its file\)"):
-            train(recipe, f"output.dir={whole}", by="train_grpo")
+        train(recipe, f"output.dir={whole}", by="train_grpo")
+        assert "the file of the reward letters has changed since this run was made" in capsys.readouterr().out
     finally:
         own.write_text(LETTERS)
+    with pytest.raises(ValueError, match=r"grpo.rewards.0.name: was None, is now 'no_repetition'"):
+        train(recipe, f"output.dir={whole}", "grpo.rewards=[{name: no_repetition}]", by="train_grpo")
     with pytest.raises(ValueError, match=r"grpo.beta: was 0.04, is now 0.1"):
         train(recipe, f"output.dir={whole}", "grpo.beta=0.1", by="train_grpo")
     assert snapshot(whole, ".lock") == before
@@ -588,7 +604,9 @@ def test_without_a_beta_there_is_no_reference(recipe: Path, whole: Path, monkeyp
     assert not any("KL" in title for title in titles)
 
 
-def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_ones(recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_ones(
+    recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, known, sizes = recipe.parent / "short", script("train_grpo").grpo.summed_loss, []
 
     def short(now: torch.Tensor, *rest: Any) -> Any:
@@ -603,6 +621,7 @@ def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_ones(recipe: Pa
     assert sizes[:3] == [16, 8, 4]
     assert max(sizes[3:]) == 4
     assert [r["rows"] for r in lines(run / "metrics.jsonl") if r.get("event") == "out of memory"] == [8, 4]
+    assert "with at most 4 answers or " in capsys.readouterr().out
     assert_near(run, whole)
 
 
@@ -624,10 +643,7 @@ def test_two_processes_sample_and_learn_what_one_does(recipe: Path, whole: Path)
     own = recipe.parent / "short.py"
     own.write_text(LETTERS + SHORT_ON_THE_SECOND)
     rewards = f"grpo.rewards=[{{path: '{own}:letters'}}, {{name: no_repetition, weight: 0.25}}]"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts/train_grpo.py"), str(recipe), f"output.dir={run}", epochs, rewards]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = on_two_processes(recipe, f"output.dir={run}", epochs, rewards)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((run / "run.json").read_text())["processes"] == 2
     assert state_of(run) == state_of(one) == ("finished", 5)
@@ -656,6 +672,250 @@ def test_a_reward_that_fails_ends_the_run_with_its_name(recipe: Path) -> None:
     own = recipe.parent / "bad.py"
     own.write_text("def bad(answer):\n    return 2\n")
     run = recipe.parent / "bad"
-    with pytest.raises(ValueError, match="reward bad gave 2, not a number from 0 to 1"):
+    with pytest.raises(
+        ValueError, match=r"reward bad gave 2, not a number from 0 to 1; .*; nothing has been learnt yet: mend the function"
+    ):
         train(recipe, f"output.dir={run}", f"grpo.rewards=[{{path: '{own}:bad'}}]", by="train_grpo")
     assert read_json(run / "status.json")["state"] == "failed"
+    assert not (run / "checkpoints").exists()
+
+
+# --- a reward that is mended
+
+
+FAILS = """
+seen = []
+
+def letters(answer):
+    seen.append(answer)
+    if len(seen) > {after}:
+        raise KeyError("rare")
+    return min(1.0, answer.text.count('e') / 8)
+"""
+
+
+def test_a_reward_that_fails_loses_no_step_and_mended_it_goes_on(recipe: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It fails in step 4, between the checkpoints of steps 2 and 4; the file that is mended says what the whole run's says."""
+    own, run, mirror = (recipe.parent / name for name in ("fails.py", "fails", "mirror of fails"))
+    ours = (f"output.dir={run}", f"output.mirror={mirror}")
+    ours += (f"grpo.rewards=[{{path: '{own}:letters'}}, {{name: no_repetition, weight: 0.25}}]",)
+    own.write_text(FAILS.format(after=3 * 16 + 5))
+    with pytest.raises(
+        ValueError, match=r"reward letters failed with KeyError: 'rare'; .*; step 3 is saved: mend the function, and the same"
+    ):
+        train(recipe, *ours, by="train_grpo")
+    assert state_of(run)[0] == "failed"
+    assert column(metrics(run), "step") == [1, 2, 3]
+    capsys.readouterr()
+
+    own.write_text(LETTERS)
+    train(recipe, *ours, by="train_grpo")
+    said = capsys.readouterr().out
+    assert f"goes on from {run / 'checkpoints' / 'step-000003'}" in said
+    assert said.count("not exact: the file of the reward letters has changed since the checkpoint") == 1
+    events = [record for record in lines(run / "metrics.jsonl") if "event" in record]
+    assert [(r["event"], r["step"], r["reward"]) for r in events] == [("the file of a reward has changed", 3, "letters")]
+    assert incidents(lines(run / "metrics.jsonl"))[0]["last"] == "reward letters"
+    assert metrics(run)[3:] != []
+    assert all_samples(run) == all_samples(whole)
+    assert_near(run, whole)
+    known = "grpo.rewards.0.path (function, and hash of its file)"
+    for place in (run / "checkpoints" / "step-000005" / "state.json", run / "status.json"):
+        assert read_json(place)["identity"][known] == f"letters {sha256(own)}", "the next start compares with the mended one"
+
+
+@pytest.mark.parametrize(
+    ("rewards", "words"),
+    [
+        ("[{path: '%s:letters'}]", r"grpo.rewards.1.name: was 'no_repetition', is now None"),
+        ("[{path: '%s:letters', weight: 2}, {name: no_repetition, weight: 0.25}]", r"grpo.rewards.0.weight: was 1.0, is now 2"),
+        (
+            "[{path: '%s:others'}, {name: no_repetition, weight: 0.25}]",
+            r"grpo.rewards.0.path \(function, and hash .*: was 'letters .* 'others ",
+        ),
+    ],
+)
+def test_another_list_of_rewards_is_another_run(recipe: Path, whole: Path, rewards: str, words: str) -> None:
+    own = recipe.parent / "another.py"
+    own.write_text(LETTERS + LETTERS.replace("letters", "others"))
+    with pytest.raises(ValueError, match=words):
+        train(recipe, f"output.dir={whole}", "grpo.rewards=" + rewards % own, by="train_grpo")
+
+
+def on_two_processes(recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "scripts/train_grpo.py"), str(recipe), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_reward_that_fails_on_the_second_process_loses_no_step(recipe: Path) -> None:
+    """8 answers a step are judged there: it fails in step 4."""
+    own, run = recipe.parent / "fails_there.py", recipe.parent / "fails there"
+    own.write_text("import os\n" + FAILS.format(after="(3 * 8 + 2 if os.environ.get('RANK') == '1' else 10**6)"))
+    done = on_two_processes(recipe, f"output.dir={run}", f"grpo.rewards=[{{path: '{own}:letters'}}]", "previews.prompts=[]")
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert said.count("error: reward letters failed with KeyError: 'rare'") == 1
+    assert "step 3 is saved: mend the function, and the same command goes on" in said
+    assert "Error: reward" not in said, "no traceback"
+    assert (run / "checkpoints" / "step-000003" / "manifest.json").is_file()
+    assert state_of(run) == ("failed", 3)
+
+
+def test_preflight_knows_the_run_of_a_recipe_with_own_rewards(recipe: Path, whole: Path) -> None:
+    values = load(recipe, [f"output.dir={whole}"])
+    assert "is finished" in output_finding(values, load_manifest(values)).text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["grpo=null"], ""),
+        (["grpo=null", "adapter.start_from=runs/a"], "with the adapter of runs/a"),
+        (["adapter.start_from=runs/a"], "with the adapter of runs/a; the model is held to it as it is now (grpo.beta 0.04)"),
+        (["adapter.start_from=runs/a", "grpo.beta=0"], "with the adapter of runs/a; nothing holds the model to it (grpo.beta 0)"),
+        (
+            ["grpo=null", "dpo={}", "data.policy=preference_pairs"],
+            "with a new adapter; the model is held to it as it is now (dpo.beta",
+        ),
+        (
+            ["adapter=none", "model.quantization=none"],
+            "with the weights of the base; the model is held to them as they are now (grpo.beta 0.04)",
+        ),
+    ],
+)
+def test_where_a_run_begins_is_said(recipe: Path, overrides: list[str], words: str) -> None:
+    found = begins_with(load(recipe, overrides))
+    assert found.startswith(words)
+    assert bool(found) == bool(words)
+
+
+# --- steps in which no answer is better than another
+
+
+SOMETIMES = (
+    LETTERS
+    + """
+seen = []
+
+def sometimes(answer):
+    seen.append(answer)
+    return 0.5 if 32 < len(seen) <= 64 else letters(answer)
+"""
+)
+
+
+def test_a_step_in_which_all_earn_the_same_changes_nothing(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps 3 and 4, after two that have moved the model: there is a gradient, of the KL divergence alone."""
+    own = recipe.parent / "sometimes.py"
+    own.write_text(SOMETIMES)
+    ours = (f"grpo.rewards=[{{path: '{own}:sometimes'}}]", "checkpoints.every_steps=1", "checkpoints.keep=5", "previews.prompts=[]")
+    run = train(recipe, f"output.dir={recipe.parent}/sometimes", *ours, by="train_grpo")
+    steps, weights = metrics(run), [load_file(run / "checkpoints" / f"step-{n:06d}" / FINAL.name) for n in range(1, STEPS + 1)]
+    states = [load_file(run / "checkpoints" / f"step-{n:06d}" / "optimizer.safetensors") for n in range(1, STEPS + 1)]
+
+    def changed(before: int, after: int, tensors: list[dict[str, torch.Tensor]]) -> int:
+        return sum(not torch.equal(tensors[before - 1][name], tensors[after - 1][name]) for name in tensors[0])
+
+    for tensors in (weights, states):
+        assert [changed(n, n + 1, tensors) > 0 for n in range(1, STEPS)] == [True, False, False, True]
+    assert column(steps, "groups_alike")[2:4] == [1, 1]
+    assert max(column(steps, "groups_alike")[i] for i in (0, 1, 4)) < 1
+    assert min(column(steps, "grad_norm")[2:4]) > 0, "nothing was there to be left out"
+    assert column(steps, "kl")[2] > 0
+    assert column(steps, "skipped_steps") == [0] * STEPS
+    assert incidents(lines(run / "metrics.jsonl")) == []
+    said = capsys.readouterr().out
+    assert said.count("all answers earned the same, so nothing is learnt from it") == 1
+    assert "step 3: within each of its groups" in said
+    assert len(read_json(run / "checkpoints" / "step-000005" / "state.json")["norms"]) == 3 * 2, "two updates in each step that teaches"
+
+
+def test_a_run_without_a_better_answer_ends_in_a_sentence(recipe: Path) -> None:
+    own, run = recipe.parent / "constant.py", recipe.parent / "constant"
+    own.write_text("def constant(answer):\n    return 0.5\n")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"in none of the 2 steps did two answers .* look at .*samples.md, change grpo.rewards"):
+            train(recipe, f"output.dir={run}", f"grpo.rewards=[{{path: '{own}:constant'}}]", "train.max_steps=2", by="train_grpo")
+        assert state_of(run) == ("failed", 2)
+    assert not (run / "final").exists()
+    assert column(metrics(run), "groups_alike") == [1, 1]
+
+
+def test_whether_a_step_teaches_is_one_answer_on_two_processes(recipe: Path) -> None:
+    """Some prompts' answers are all worth the same: all of a step's, those of one process, or none."""
+    own = recipe.parent / "partly.py"
+    own.write_text(LETTERS + "def partly(answer):\n    return letters(answer) if sum(answer.prompt.encode()) % 5 == 0 else 0.5\n")
+    ours = (
+        f"grpo.rewards=[{{path: '{own}:partly'}}]",
+        "train.max_steps=8",
+        "train.epochs=4",
+        "train.rows_per_step=2",
+        "previews.prompts=[]",
+    )
+    one = train(recipe, f"output.dir={recipe.parent}/partly", *ours, by="train_grpo")
+    two = recipe.parent / "partly on two"
+    done = on_two_processes(recipe, f"output.dir={two}", *ours)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shares = column(metrics(one), "groups_alike")
+    assert {0.5, 1.0} <= set(shares)
+    assert shares == column(metrics(two), "groups_alike")
+    assert_near(two, one)
+
+
+# --- what a reward gets, and prompts without answers
+
+
+SEES = r"""
+import json
+from pathlib import Path
+
+def sees(answer):
+    with (Path(__file__).parent / "seen.jsonl").open("a") as file:
+        file.write(json.dumps([answer.question, answer.expected, answer.prompt]) + "\n")
+    return min(1.0, answer.text.count('e') / 8)
+"""
+QUESTIONS = [f"What is {n} and {n}?" for n in range(12)]
+
+
+def write_chats(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    file = folder / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("format", ["oasst", "human_assistant"])
+def test_a_reward_gets_the_question_and_the_answer_that_the_data_has(tmp_path: Path, tiny_base: Path, format: str) -> None:
+    before = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    asked = [{"prompt": q, "completion": f"It is {q}\n"} for q in QUESTIONS[:6]]
+    asked += [{"prompt": [*before, {"role": "user", "content": q}]} for q in QUESTIONS[6:]]
+    own = tmp_path / "sees.py"
+    own.write_text(SEES)
+    ours = ("data.policy=null", f"chat.format={format}", "data.validation_share=0.0", "data.dev_share=0.0", "train.epochs=1.0")
+    ours += () if format == "oasst" else ("chat.role_markers=auto",)
+    made = write_grpo_recipe(tmp_path, tiny_base, write_chats(tmp_path, asked), *ours)
+    run = train(made, f"grpo.rewards=[{{path: '{own}:sees'}}]", by="train_grpo")
+    seen = {question: (expected, prompt) for question, expected, prompt in lines(tmp_path / "seen.jsonl")}
+    assert seen.keys() == set(QUESTIONS)
+    assert [seen[q][0] for q in QUESTIONS] == [*(f"It is {q}\n" for q in QUESTIONS[:6]), *[None] * 6]
+    assert all(q in seen[q][1] and q != seen[q][1] for q in QUESTIONS)
+    assert {record.get("expected") for record in all_samples(run)} <= {None, *(f"It is {q}\n" for q in QUESTIONS[:6])}
+    assert state_of(run) == ("finished", 3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("format", ["model", "chatml", "oasst", "llama2", "human_assistant"])
+def test_a_prompt_without_an_answer_is_what_the_model_is_asked(name: str, format: str) -> None:
+    """As its row holds it, of every family's tokenizer and template; and its question is found again."""
+    tokenizer = tokenizer_of(name)
+    chat = Chat(format=format, system_prompt="Be nice." if format == "llama2" else None)
+    renderer = Renderer(tokenizer, chat, add_role_markers(tokenizer, len(tokenizer) + 20, chat))
+    question_of = question_finder(renderer)
+    first, later = [Turn("user", "Hello you")], [Turn("user", "hi"), Turn("assistant", "hello"), Turn("user", "say\n\nhi")]
+    for turns in (first, later):
+        row = renderer.render(Conversation("key", ("key",), "group", (*turns, Turn("assistant", ""))))
+        length = prompt_lengths(pa.array([row.supervised]))[0]
+        assert row.ids[:length] == renderer.prompt(turns)
+        assert renderer.answer_text([i for i, learn in zip(row.ids, row.supervised, strict=True) if learn][-2:]).strip() in ("", "hello")
+        assert question_of(tokenizer.decode(row.ids[:length], skip_special_tokens=False)) == turns[-1].content

@@ -4,6 +4,7 @@
     sharegpt    {"conversations": [{"from": "human", "value": "..."}, ...]}
     alpaca      {"instruction": "...", "input": "...", "output": "...", "history": [[question, answer], ...]}
     prompt      {"prompt": "...", "completion": "..."}  or "response"                      a text each, or messages each
+                {"prompt": "..."}                                                          for GRPO
     pairs       {"prompt": "...", "chosen": "...", "rejected": "..."}                      for DPO; a text each, or messages each
     text        {"text": "..."}                                                            no roles: all is learnt, or what markers say
     oasst       {"message_id", "parent_id", "message_tree_id", "text", "role", ...}        -> oasst1.py
@@ -11,6 +12,9 @@
 Of `pairs` the chosen and the rejected messages may repeat the prompt, which then may be missing: two conversations that differ in their
 last turn alone. All but `text` may have a "system" beside. data.fields and data.roles give other names to keys and roles. A message with
 `"train": false` or `"weight": 0` is context and is not learnt.
+
+GRPO (`prompts` below) needs no answers: where a row ends on a user turn, an empty answer stands for the place where the model is asked. Of
+a pair the chosen answer is kept.
 
 A row that is no chat becomes a `BadRow` that names the key and the value; nothing is repaired in silence.
 """
@@ -46,8 +50,11 @@ class _Bad(Exception):
         self.reason, self.key, self.value = reason, key, value
 
 
-def form_of(row: dict[str, Any], fields: dict[str, str]) -> Form | None:
-    """What a row is by its keys, or None. OASST messages have a `text` too, so the richer forms are asked for first."""
+def form_of(row: dict[str, Any], fields: dict[str, str], prompts: bool = False) -> Form | None:
+    """What a row is by its keys, or None. OASST messages have a `text` too, so the richer forms are asked for first.
+
+    `prompts`: a prompt needs no answer.
+    """
 
     def has(*names: str) -> bool:
         return all(fields.get(name, name) in row for name in names)
@@ -62,19 +69,19 @@ def form_of(row: dict[str, Any], fields: dict[str, str]) -> Form | None:
         return "sharegpt"
     if has("instruction", "output"):
         return "alpaca"
-    if has("prompt") and (has("completion") or has("response")):
+    if has("prompt") and (prompts or has("completion") or has("response")):
         return "prompt"
     return "text" if has("text") else None
 
 
-def recognise(rows: Sequence[Row | BadRow], source: Source) -> Form:
+def recognise(rows: Sequence[Row | BadRow], source: Source, prompts: bool = False) -> Form:
     """The form of a data set, from its first rows. Raises ValueError if they are of none, or of several."""
     if source.policy is not None or source.form is not None:
         return source.form or "oasst"
     fields, good = dict(source.fields), [row for row in rows if isinstance(row, Row)]
     if not good:
         raise ValueError(f"{source.source}: none of the first {len(rows)} rows can be read; {rows[0]}")
-    found = Counter(form_of(row.values, fields) for row in good)
+    found = Counter(form_of(row.values, fields, prompts) for row in good)
     known = [form for form in found if form is not None]
     if not known:
         seen = ", ".join(list(good[0].values)[:8]) or "none"
@@ -90,8 +97,8 @@ def recognise(rows: Sequence[Row | BadRow], source: Source) -> Form:
     return known[0]
 
 
-def conversation_of(row: Row, form: Form, source: Source) -> Conversation | BadRow:
-    """What a row says, in turns, or why it cannot be used.
+def conversation_of(row: Row, form: Form, source: Source, prompts: bool = False) -> Conversation | BadRow:
+    """What a row says, in turns, or why it cannot be used. `prompts`: it may end on a user turn, behind which an empty answer is put.
 
     The key is the row's place, so that it leads back to it. The group is a hash of the first question (of a plain text: of what stands
     in front of the first thing learnt; without any, of everything), so that several answers to one prompt, or one chat written out
@@ -104,8 +111,10 @@ def conversation_of(row: Row, form: Form, source: Source) -> Conversation | BadR
             turns = _text_turns(get.needed("text"), source)
         elif form == "pairs":
             turns, rejected = _pair(get, _Reading(source))
+            rejected = None if prompts else rejected
         else:
-            turns = _READERS[form](get, _Reading(source))
+            turns = _READERS[form](get, _Reading(source, prompts))
+            turns = (*turns, Turn("assistant", "")) if prompts and turns[-1].role == "user" else turns
     except _Bad as bad:
         return BadRow(row.place, bad.reason, bad.key, shown(bad.value) if bad.key else "")
     if sum(len(t.content) for t in turns) + len(rejected or "") > LONGEST:
@@ -144,6 +153,8 @@ class _Reading:
     """How messages are read: one data set's names and rules."""
 
     source: Source
+    prompts: bool = False
+    """May a row be a prompt without an answer?"""
 
     def turns(self, messages: Any, key: str, names: tuple[str, str], context: bool = False, may_be_text: bool = False) -> list[Turn]:
         """Messages as turns; `names` are the keys of role and content. `context`: nothing of it is learnt. `may_be_text`: so says the
@@ -195,6 +206,10 @@ class _Reading:
         if content is None and optional:
             return ""
         raise _Bad("content is not text", key, content)
+
+    def is_no_answer(self, value: Any) -> bool:
+        """Nothing, where nothing is needed."""
+        return self.prompts and (value is None or value == [] or (isinstance(value, str) and not value.strip()))
 
     def learnt(self, message: dict[str, Any]) -> bool:
         fields = dict(self.source.fields)
@@ -252,7 +267,9 @@ def _alpaca(get: _Values, reading: _Reading) -> tuple[Turn, ...]:
     instruction, extra = reading.content(get.needed("instruction"), "instruction"), get("input")
     if extra is not None and (text := reading.content(extra, "input")).strip():
         instruction = f"{instruction}\n\n{text}" if instruction.strip() else text
-    turns += [Turn("user", instruction), Turn("assistant", reading.content(get.needed("output"), "output"))]
+    turns.append(Turn("user", instruction))
+    if not reading.is_no_answer(output := get.needed("output")):
+        turns.append(Turn("assistant", reading.content(output, "output")))
     return reading.finished(turns, get("system"))
 
 
@@ -263,9 +280,12 @@ def _prompt(get: _Values, reading: _Reading) -> tuple[Turn, ...]:
         completion = get("response")
     names = ("role", "content")
     before = [Turn("user", prompt)] if isinstance(prompt, str) else reading.turns(prompt, "prompt", names, context=True, may_be_text=True)
-    after = (
-        [Turn("assistant", completion)] if isinstance(completion, str) else reading.turns(completion, "completion", names, may_be_text=True)
-    )
+    if reading.is_no_answer(completion):
+        after = []
+    elif isinstance(completion, str):
+        after = [Turn("assistant", completion)]
+    else:
+        after = reading.turns(completion, "completion", names, may_be_text=True)
     return reading.finished([*before, *after], get("system"))
 
 

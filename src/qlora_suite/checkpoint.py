@@ -453,14 +453,26 @@ def load_weights(folder: Path, model: nn.Module, cast: bool = False) -> None:
                     parameter.copy_(tensors[key])
 
 
-def check_identity(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def changed_rewards(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """{key: function} of a person's own rewards whose file has changed and whose function is named as before (rewards.fingerprints)."""
+    found = {}
+    for key in (key for key in now if key.startswith("grpo.rewards.") and ".path (" in key and key in then):
+        (before, hash_before), (function, hash_now) = (str(identity[key]).split(" ") for identity in (then, now))
+        if before == function and hash_before != hash_now:
+            found[key] = function
+    return found
+
+
+def check_identity(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
     """Raises ValueError, field by field, if a run would go on with another recipe, other data or another base.
 
-    A key that did not exist when the run was started counts as its default, which is what the run did.
+    A key that did not exist when the run was started counts as its default, which is what the run did. Returns the functions of a
+    person's own rewards whose file has changed: they may have been mended, and the run goes on with them.
     """
+    mended = changed_rewards(then, now)
     lines = [
         f"  {key}: was {then.get(key)!r}, is now {now.get(key)!r}"
-        for key in sorted(then.keys() | now.keys())
+        for key in sorted((then.keys() | now.keys()) - mended.keys())
         if then.get(key) != now.get(key) and not (key in now and key not in then and _as_in_json(default_of(key)) == now[key])
     ]
     if lines:
@@ -468,6 +480,7 @@ def check_identity(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path
             f"the run in {folder} cannot go on, for these would change its curve:\n" + "\n".join(lines) + "\n"
             "put them back, or choose another output.dir for a new run"
         )
+    return list(mended.values())
 
 
 def _as_in_json(value: Any) -> Any:

@@ -30,6 +30,11 @@ class Conversation:
     rejected_outranks: bool = False
     """Of a pair: did people rank the rejected answer higher? (conciseness_pairs)"""
 
+    @property
+    def is_prompt(self) -> bool:
+        """Has it no last answer, but the place for one, as an empty turn? (GRPO)"""
+        return self.turns[-1].role == "assistant" and not self.turns[-1].content
+
     def without_open_end(self) -> "Conversation | None":
         """Ends on an assistant turn: user turns after the last one have no answer to learn. None if nothing is left."""
         last = max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=-1)

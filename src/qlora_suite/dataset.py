@@ -458,6 +458,11 @@ def staleness(manifest: Mapping[str, Any], recipe: Recipe, verify: bool = False)
                 return "{} was {!r} and is now {!r}".format(*_difference(f"{section}.{key}", before[section][key], after[section][key]))
     if manifest["pairs"] != (recipe.dpo is not None):
         return "it holds pairs, and the recipe has no dpo" if manifest["pairs"] else "the recipe has dpo, and it holds no pairs"
+    # Of chats, GRPO keeps the prompts that nobody answered; trees and texts are the same with it and without.
+    of_chats = any(one["form"] not in ("oasst", "text") for one in manifest["counts"]["sets"])
+    if of_chats and manifest.get("grpo", False) != (recipe.grpo is not None):
+        then, now = ("with", "has none") if manifest.get("grpo") else ("without", "has it")
+        return f"it was prepared for a recipe {then} grpo, and this {now}"
     current = source_stats(recipe)
     # A file that changed just before the manifest was written may have changed again since, within one tick of a coarse clock.
     settled = (Path(recipe.data.prepared) / MANIFEST).stat().st_mtime_ns - TICK_NS

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from qlora_suite.batches import check_division
-from qlora_suite.loss import Batch, forward, token_losses
+from qlora_suite.loss import Batch, token_losses
 from qlora_suite.recipe import Recipe
 
 MEASURES = ("clipped", "kl")
 """What `Measured` holds beside the loss: sums over tokens. `kl` is there with a reference alone."""
 NEAR_ZERO = 1e-4
 """Added to a group's standard deviation, as TRL does: answers that are as good as equal are not taken apart by their rounding."""
+
+SAME = 1e-9
+"""Rewards that differ by less are the same: weighted sums of the same numbers may differ in their last bit."""
 
 
 def answers_of_a_process(recipe: Recipe, world: int) -> int:
@@ -44,21 +47,22 @@ def answers_of_a_process(recipe: Recipe, world: int) -> int:
     return answers
 
 
+def are_alike(rewards: Sequence[float]) -> bool:
+    """Did all answers to one prompt earn the same, but for the rounding of their sums?"""
+    return max(rewards) - min(rewards) < SAME
+
+
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """How much better each answer to one prompt is than their mean, in (sample) standard deviations. Zero if all are equal."""
+    """How much better each answer to one prompt is than their mean, in (sample) standard deviations. Zero if all are alike."""
+    if are_alike(rewards):
+        return [0.0] * len(rewards)
     mean, deviation = statistics.mean(rewards), statistics.stdev(rewards)
     return [(reward - mean) / (deviation + NEAR_ZERO) for reward in rewards]
 
 
 def log_probabilities(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
-    """Of each supervised token, in row-major order, where logits are divided by the temperature. [supervised] float32
-
-    At temperature 1 the head may compute them a tile at a time; at others the logits of all tokens exist at once.
-    """
-    if temperature == 1:
-        return -token_losses(model, batch)
-    logits = forward(model, batch, batch.columns).flatten(0, 1).index_select(0, batch.predicting)
-    return -nn.functional.cross_entropy(logits.float() / temperature, batch.targets, reduction="none")
+    """Of each supervised token, in row-major order, where logits are divided by the temperature. [supervised] float32"""
+    return -token_losses(model, batch, temperature)
 
 
 class Measured(NamedTuple):

@@ -94,11 +94,13 @@ def collate(rows: Sequence[Mapping[str, Any] | None], pad_id: int, all_supervise
     )
 
 
-def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss of each supervised token, in nats, in row-major order. [supervised] float32, with a graph where gradients are on"""
-    with tiled_head.asked(batch.predicting, batch.targets, summed=False) as question:
+def token_losses(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """The loss of each supervised token, in nats, in row-major order, where logits are divided by the temperature. [supervised] float32,
+    with a graph where gradients are on
+    """
+    with tiled_head.asked(batch.predicting, batch.targets, summed=False, temperature=temperature) as question:
         answer = forward(model, batch, batch.columns)
-    return answer.flatten() if question.answered else _plain_losses(answer, batch)
+    return answer.flatten() if question.answered else _plain_losses(answer, batch, temperature)
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -113,9 +115,9 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     return (answer if question.answered else _plain_losses(answer, batch)).sum()[None]
 
 
-def _plain_losses(logits: Tensor, batch: Batch) -> Tensor:
+def _plain_losses(logits: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
     wanted = logits.flatten(0, 1).index_select(0, batch.predicting)
-    return nn.functional.cross_entropy(wanted.float(), batch.targets, reduction="none")
+    return nn.functional.cross_entropy(wanted.float() / temperature, batch.targets, reduction="none")
 
 
 def forward(model: nn.Module, batch: Batch, columns: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ def check_mirrored(mirror: Path, now: Mapping[str, Any]) -> None:
         then = checkpoint.read_state(mirror / "checkpoints" / f"step-{found[-1]:06d}").identity if found else now
     except (OSError, ValueError, TypeError):  # not there, or damaged
         return
-    if differs := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
+    keys = (then.keys() | now.keys()) - checkpoint.changed_rewards(then, now).keys()
+    if differs := sorted(key for key in keys if then.get(key) != now.get(key)):
         raise ValueError(
             f"output.mirror: {mirror} holds checkpoints of another run (its {', '.join(differs[:3])} differ), which this one would prune; "
             "name a folder of its own"

@@ -615,7 +615,8 @@ def output_finding(recipe: Recipe, manifest: Mapping[str, Any] | None) -> Findin
     steps = checkpoint.steps(folder / "checkpoints")
     then = status.get("identity") or {}
     if manifest is not None and then:
-        checkpoint.check_identity(then, run_facts.identity(recipe, manifest), folder)
+        own = rewards.fingerprints(recipe.grpo.rewards) if recipe.grpo else {}
+        checkpoint.check_identity(then, {**run_facts.identity(recipe, manifest), **own}, folder)
     if status.get("state") == "finished":
         return Finding("look", "output", f"the run in {folder} is finished: nothing would be trained", "set output.dir to train anew")
     good = next((s for s in reversed(steps) if not checkpoint.complaint_about_checkpoint(folder / "checkpoints" / f"step-{s:06d}")), None)

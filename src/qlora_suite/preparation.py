@@ -146,6 +146,7 @@ def counted(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow]
         if not one.pieces:
             continue
         counts.kept += 1
+        counts.prompts += one.conversation.is_prompt
         counts.tokens += sum(len(piece.ids) for piece in one.pieces)
         counts.supervised += sum(piece.num_supervised for piece in one.pieces)
         if one.conversation.rejected is not None:
@@ -254,6 +255,7 @@ def prepare(
         with workers as results, dataset.TableWriter(aside / "validation.arrow", dataset.CONVERSATIONS) as table:
             for one in written(results, counts["validation"], bad_rows, strict):
                 counts["validation"].kept += 1
+                counts["validation"].prompts += one.conversation.is_prompt
                 if pairs:
                     count_pair(one.conversation, counts["validation"])
                 table.add(dataset.conversation_record(one.conversation))
@@ -265,6 +267,7 @@ def prepare(
         manifest = {
             "format_version": dataset.FORMAT_VERSION,
             "pairs": pairs,
+            "grpo": recipe.grpo is not None,
             "recipe": dataset.recipe_part(recipe),
             "sources": {**dataset.source_hashes(recipe), **{k: v for one in recipe.data.each for k, v in sources.hub_commits(one).items()}},
             "source_stats": stats,

@@ -343,13 +343,19 @@ NEEDED = {"within_words": "words", "format": "pattern", "no_repetition": None}
 """The rewards of rewards.py by name, and the key that each needs."""
 
 
+def _file_and_function(path: str) -> str:
+    if re.fullmatch(r".+\.py:[A-Za-z_]\w*", path) is None:
+        raise ValueError(f"{path!r} names no function in a file; write FILE.py:FUNCTION, for example my_rewards.py:polite")
+    return path
+
+
 class Reward(Section):
     """What an answer is judged by: a number from 0 to 1, times `weight`."""
 
     name: Literal["within_words", "format", "no_repetition"] | None = None
     """`within_words`: it ends by itself within `words`; `format`: `pattern` is found in it; `no_repetition`: the share of its windows of 4
     tokens that did not stand in it before."""
-    path: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")] | None = None
+    path: Annotated[str, AfterValidator(_file_and_function)] | None = None
     """Instead of a name: FILE.py:FUNCTION, a function of your own. The file is run (see rewards.py)."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     words: Positive | None = None
@@ -380,10 +386,16 @@ class Reward(Section):
         return self
 
 
+def _one_at_least(rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
+    if not rewards:
+        raise ValueError("nothing says what an answer is worth; name a reward, for example {name: within_words, words: 60}")
+    return rewards
+
+
 class Grpo(Section):
     """scripts/train_grpo.py: answers are sampled, judged, and made likelier or less likely (Shao et al., 2024, DeepSeekMath)."""
 
-    rewards: tuple[Reward, ...] = Field(min_length=1)
+    rewards: Annotated[tuple[Reward, ...], AfterValidator(_one_at_least)]
     group_size: Annotated[int, Field(ge=2)] = 8
     """Answers to each prompt, which are judged against each other. train.rows_per_step counts the prompts of a step."""
     max_new_tokens: Positive = 256
@@ -565,7 +577,9 @@ class Recipe(Section):
                 )
             taken = f"policy: {source.policy}" if source.policy is not None else f"form: {source.form}"
             pairs = source.policy in PAIR_POLICIES or source.form == "pairs"
-            if pairs and self.dpo is None:
+            if self.grpo is not None and source.policy in PAIR_POLICIES:
+                problems.append(f"{place}.{taken} gives pairs, of which grpo would ask the prompts; use policy: all_paths, which has them")
+            elif pairs and self.dpo is None and self.grpo is None:
                 problems.append(f"{place}.{taken} gives pairs of a chosen and a rejected answer; add dpo: {{}}, which trains on them")
             if self.dpo is not None and not pairs and (source.policy, source.form) not in ((None, None), (None, "oasst")):
                 problems.append(f"dpo needs pairs, and {place}.{taken} gives none; use a policy of pairs or rows with chosen and rejected")

@@ -16,8 +16,9 @@ def remarks(recipe: Recipe, num_rows: int, num_steps: int, adapted: Collection[s
     if warmup > num_steps:
         found.append(f"all {num_steps} steps are warm-up (optim.warmup_steps: {warmup}), so the rate never reaches optim.learning_rate")
     if num_rows < rows_per_step:
+        unit = "prompts" if recipe.grpo else "pairs" if recipe.dpo else "rows"
         found.append(
-            f"the data has {num_rows} rows, fewer than a step (train.rows_per_step: {rows_per_step}): every step holds all of them"
+            f"the data has {num_rows} {unit}, fewer than a step (train.rows_per_step: {rows_per_step}): every step holds all of them"
         )
     every = recipe.evaluation.every_steps
     if every is not None and every > num_steps:

@@ -4,14 +4,22 @@
       rewards:
         - {name: within_words, words: 60}
         - {name: no_repetition, weight: 0.5}
-        - {path: "my_rewards.py:polite"}        # def polite(answer): return float("please" in answer.text)
+        - {path: "my_rewards.py:right"}         # a function of your own
 
-A function of your own gets a generation.Answer: `text`, `num_tokens`, `stopped` (did the model end it by itself?), `repetition`, and
-`prompt` (all that stands before the answer, with the format's markers). Its file is run as Python, in every process of the run. It may
-take its time: as long as stop.hung_after_minutes for an answer, and on several processes for all of a step's, for they wait for each
-other.
+    import re
+
+    def right(answer):                          # my_rewards.py: is the last number the one that the data has?
+        said, wanted = (re.findall(r"-?[0-9.]*[0-9]", text) for text in (answer.text, answer.expected or ""))
+        return float(bool(said) and said[-1:] == wanted[-1:])
+
+It gets a `Candidate`: `text`, `num_tokens`, `stopped` (did the model end it by itself?), `repetition`, `question` (what the user said
+last), `expected` (the answer that the data has) and `prompt` (all that stands before the answer, with the format's markers). Its file is
+run as Python, in every process of the run, and may import others beside it, at its top. It may take its time: as long as
+stop.hung_after_minutes for an answer, and on several processes for all of a step's, for they wait for each other. If it fails, the run
+ends with its last step saved; mended, it goes on from there.
 """
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -19,7 +27,8 @@ import math
 import numbers
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +39,26 @@ from qlora_suite.files import sha256
 from qlora_suite.generation import Answer
 from qlora_suite.recipe import Reward
 
-Judge = Callable[[Answer], float]
+
+@dataclass(frozen=True)
+class Candidate(Answer):
+    """An answer as a reward gets it."""
+
+    question: str = ""
+    """What the user said last; in a format that has no place for a system message, that may stand in front."""
+    expected: str | None = None
+    """The answer that the data has to this prompt, cut where that passed data.max_length; of several the first. None: it has none."""
+
+    @classmethod
+    def of(cls, answer: Answer, question: str, expected: str | None) -> "Candidate":
+        return cls(**vars(answer), question=question, expected=expected)
+
+
+Judge = Callable[[Candidate], float]
+
+
+class RewardFailed(ValueError):
+    """A reward raised an error, or gave no number from 0 to 1."""
 
 
 def within_words(answer: Answer, words: int, min_words: int = 1) -> float:
@@ -72,17 +100,27 @@ def fingerprints(rewards: Sequence[Reward]) -> dict[str, str]:
 
 
 def judged(answer: Answer, judges: dict[str, tuple[float, Judge]]) -> dict[str, float]:
-    """Each reward of an answer, before its weight. Raises ValueError, naming the function, for one that fails or gives no such number."""
+    """Each reward of an answer, before its weight. One that is no `Candidate` has no `expected`, and its prompt is its question.
+
+    Raises RewardFailed, naming the function.
+    """
+    candidate = answer if isinstance(answer, Candidate) else Candidate.of(answer, question=answer.prompt, expected=None)
     values = {}
     for name, (_, judge) in judges.items():
         try:
-            value = judge(answer)
-        except Exception as error:
-            raise ValueError(f"reward {name} failed with {type(error).__name__}: {error}; the answer was {answer.text[:80]!r}") from error
+            value = judge(candidate)
+        except (Exception, SystemExit) as error:
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise RewardFailed(f"reward {name} failed with {what}; the answer was {answer.text[:80]!r}") from error
         if not isinstance(value, numbers.Real | np.bool_) or not (math.isfinite(value) and 0 <= value <= 1):
-            raise ValueError(f"reward {name} gave {value!r}, not a number from 0 to 1; the answer was {answer.text[:80]!r}")
+            raise RewardFailed(f"reward {name} gave {value!r}, not a number from 0 to 1; the answer was {answer.text[:80]!r}")
         values[name] = float(value)
     return values
+
+
+def most(rewards: Sequence[Reward]) -> float:
+    """What the best answer is worth."""
+    return sum(reward.weight for reward in rewards)
 
 
 def in_words(rewards: Sequence[Reward]) -> str:
@@ -113,11 +151,23 @@ def _run(file: Path, digest: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look for it
     try:
-        spec.loader.exec_module(module)
+        with _beside(file):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ValueError(f"grpo.rewards: {file} cannot be run: {type(error).__name__}: {error}") from error
     return module
+
+
+@contextlib.contextmanager
+def _beside(file: Path) -> Iterator[None]:
+    """Modules in the file's folder can be imported; one that has the name of another module does not take its place."""
+    folder = str(file.parent)
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]  # the last of them, which is ours
 
 
 def _name_of(path: str) -> str:

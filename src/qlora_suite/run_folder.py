@@ -147,7 +147,9 @@ class Run:
 
     def check_finished(self, now: Mapping[str, Any]) -> None:
         """Raises ValueError if a finished run was started again with other curve keys."""
-        checkpoint.check_identity(self.status.identity, now, self.path)
+        changed = checkpoint.check_identity(self.status.identity, now, self.path)
+        if changed and self.main:
+            say(f"note       the file of the reward {' and '.join(changed)} has changed since this run was made")
 
     def resume(self, net: nn.Module, now: Mapping[str, Any], precision: str) -> State:
         """Load the newest good checkpoint's weights, before an engine shards them, or begin.
@@ -160,20 +162,21 @@ class Run:
                     check_mirrored(Path(self.recipe.output.mirror), now)
                 self.resumed_from = self.saves.newest_good()
         self.resumed_from = found = gathered(self.accelerator, self.resumed_from)[0]
-        state = State(identity=dict(now))
+        state, changed = State(), []
         with together(self.accelerator):
             if found is not None:
                 state = checkpoint.read_state(found)
-                checkpoint.check_identity(state.identity, now, self.path)
+                changed = checkpoint.check_identity(state.identity, now, self.path)
                 checkpoint.load_weights(found, net)
+        state.identity = dict(now)
         self.step = state.step
         with together(self.accelerator):
             if self.main:
-                self._begin(state, found, now, precision)
+                self._begin(state, found, now, precision, changed)
         return state
 
-    def _begin(self, state: State, found: Path | None, now: Mapping[str, Any], precision: str) -> None:
-        """Say where it goes on, and open what it writes."""
+    def _begin(self, state: State, found: Path | None, now: Mapping[str, Any], precision: str, changed: Sequence[str]) -> None:
+        """Say where it goes on, and open what it writes. `changed`: rewards whose file is another one than before."""
         say(f"goes on from {found}" if found else f"starts in {self.path}")
         if found and self.recipe.draws_noise and state.processes != self.accelerator.num_processes:
             before, now_on = processes_text(state.processes), processes_text(self.accelerator.num_processes)
@@ -183,9 +186,13 @@ class Run:
             )
         if found and state.precision not in ("", precision):
             say(f"not exact: it was computed in {state.precision} and goes on in {precision}")
+        for reward in changed:
+            say(f"not exact: the file of the reward {reward} has changed since the checkpoint")
         self.saves.newest = found
         self.metrics = Journal(self.path / "metrics.jsonl", state.step)
         self.previews = Journal(self.path / "previews.jsonl", state.step)
+        for reward in changed:
+            self.add_event(state.step, "the file of a reward has changed", reward=reward)
         self.status.write("running", state.step, self.num_steps, identity=now)
         write_text(self.path / "recipe.yaml", to_yaml(self.recipe))
         if self.recipe.tracking.trackers:
@@ -212,10 +219,9 @@ class Run:
         with together(self.accelerator):
             if self.main:
                 disk_space.check_free(self.recipe, sizes.trainable, self.num_steps)
-                world, learnt = self.accelerator.num_processes, manifest["counts"]["train"]["supervised"]
+                world = self.accelerator.num_processes
                 servable, because = servable_as(self.recipe, manifest)
                 precision = precision_name(engine.dtype)
-                rows_per_step = self.recipe.train.rows_per_step
                 self._about = {
                     "recipe": self.recipe.model_dump(mode="json"),
                     "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
@@ -241,9 +247,12 @@ class Run:
                 say(f"model      {self.recipe.model.base}, {self.recipe.model.quantization} base, {how}: {sizes}")
                 say(f"markers    {manifest['role_markers']['note'].removeprefix('role markers: ')}")
                 say(f"servable   as {servable}: {because}")
-                say(f"data       {order.num_rows:,} rows, {learnt:,} supervised tokens; {order.num_steps} steps")
+                if begins := begins_with(self.recipe):
+                    say(f"begins     {begins}")
+                data, step, at_once = _units(self.recipe, manifest, order)
+                say(f"data       {data}; {order.num_steps} steps")
                 say(
-                    f"step       {rows_per_step} rows on {where}, up to {limit.rows} rows or {limit.tokens:,} tokens at once; "
+                    f"step       {step} on {where}, up to {limit.rows} {at_once} or {limit.tokens:,} tokens at once; "
                     f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {micro_batch.in_words(checkpointing)}"
                 )
                 say(f"faster     {paths}")
@@ -329,7 +338,8 @@ class Run:
                 self.accelerator.num_processes,
                 None if on_the_spot else self.status.attempt,
             )
-        now = f"at most {less.rows} rows or {less.tokens:,} tokens at once" + (
+        unit = "answers" if self.recipe.grpo else "pairs" if self.recipe.dpo else "rows"
+        now = f"at most {less.rows} {unit} or {less.tokens:,} tokens at once" + (
             f", checkpointing {micro_batch.in_words(checkpointing)}" if checkpointing else ""
         )
         if not on_the_spot:
@@ -527,6 +537,28 @@ class Run:
     def _write_result(self, source: Path, net: nn.Module, tokenizer: PreTrainedTokenizerBase, choice: dict[str, Any]) -> None:
         refuse_links(self.path)
         write_result(self.path, source, self.recipe, net, tokenizer, choice)
+
+
+def begins_with(recipe: Recipe) -> str:
+    """For the console: the weights that training begins with, and what DPO or GRPO hold them to. Empty where there is nothing to say."""
+    start = recipe.adapter.start_from if recipe.adapter != "none" else None
+    key, beta = ("dpo.beta", recipe.dpo.beta) if recipe.dpo else ("grpo.beta", recipe.grpo.beta) if recipe.grpo else ("", 0)
+    if start is None and not key:
+        return ""
+    what = f"with the adapter of {start}" if start else "with a new adapter" if recipe.adapter != "none" else "with the weights of the base"
+    if not key:
+        return what
+    held = "the model is held to it as it is now" if recipe.adapter != "none" else "the model is held to them as they are now"
+    return f"{what}; {held} ({key} {beta:g})" if beta else f"{what}; nothing holds the model to it ({key} 0)"
+
+
+def _units(recipe: Recipe, manifest: Mapping[str, Any], order: Order) -> tuple[str, str, str]:
+    """For the console: what there is to learn from, what a step is, and what a micro-batch is of."""
+    if recipe.grpo is not None:
+        return f"{order.num_rows:,} prompts", f"{recipe.train.rows_per_step} prompts x {recipe.grpo.group_size} answers", "answers"
+    unit = "pairs" if recipe.dpo else "rows"
+    learnt = manifest["counts"]["train"]["supervised"]
+    return f"{order.num_rows:,} {unit}, {learnt:,} supervised tokens", f"{recipe.train.rows_per_step} {unit}", unit
 
 
 def _scalars(recipe: Recipe) -> dict[str, Any]:

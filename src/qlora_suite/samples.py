@@ -21,13 +21,14 @@ from qlora_suite.chat import Renderer
 from qlora_suite.engine import autocast
 from qlora_suite.evaluation import release_memory
 from qlora_suite.files import write_text
-from qlora_suite.generation import Answer, answer_of, decode
-from qlora_suite.grpo import advantages
+from qlora_suite.generation import answer_of, decode
+from qlora_suite.grpo import advantages, are_alike
 from qlora_suite.micro_batch import is_out_of_memory
 from qlora_suite.recipe import Grpo
-from qlora_suite.rewards import Judge, judged
+from qlora_suite.rewards import Candidate, Judge, judged
 from qlora_suite.sample_answers import words
 from qlora_suite.sampling import Draw, Sampling
+from qlora_suite.train_prompts import question_finder
 
 SHOWN_STEPS = 20
 """In samples.md; samples.jsonl has all."""
@@ -40,12 +41,14 @@ class Sample:
     prompt: Sequence[int]
     ids: Sequence[int]
     """What was generated: one token at least, and the end token if there is one."""
-    answer: Answer
+    answer: Candidate
     rewards: dict[str, float]
     """Before their weights."""
     reward: float
     """Their weighted sum."""
     advantage: float
+    alike: bool = False
+    """Did all answers of its group earn the same? Then it teaches nothing."""
     old: Tensor | None = None
     """[ids] float32: log-probabilities of the ids when they were sampled, and"""
     reference: Tensor | None = None
@@ -81,14 +84,21 @@ class Sampler:
     ) -> None:
         self.net, self.renderer, self.grpo, self.judges = net, renderer, grpo, dict(judges)
         self.sampling, self.device, self.dtype = Sampling(grpo.temperature, seed=seed), device, dtype
+        self.question_of = question_finder(renderer)
         self.at_once = at_once
         """Answers in one batch: all (None), until memory is short."""
 
-    def __call__(self, step: int, prompts: Mapping[int, Sequence[int]], stop: Callable[[], bool] = lambda: False) -> list[Sample] | None:
+    def __call__(
+        self,
+        step: int,
+        prompts: Mapping[int, Sequence[int]],
+        stop: Callable[[], bool] = lambda: False,
+        expected: Mapping[int, Sequence[int]] | None = None,
+    ) -> list[Sample] | None:
         """A group of answers to each prompt, by its place in the step; None if `stop`, which is asked at every token and before every
-        answer that is judged, says so.
+        answer that is judged, says so. `expected`: ids of the answer that the data has, by place too, for the rewards.
 
-        Raises ValueError for a reward that fails, or if memory is too short for a single answer.
+        Raises RewardFailed, or ValueError if memory is too short for a single answer.
         """
         keys = [(step, place, number) for place in prompts for number in range(self.grpo.group_size)]
         found: list[list[int]] = []
@@ -113,7 +123,8 @@ class Sampler:
             found += ids
         samples: list[Sample] = []
         for i, place in enumerate(prompts):
-            group = self._judged(prompts[place], found[i * self.grpo.group_size : (i + 1) * self.grpo.group_size], stop)
+            answers = found[i * self.grpo.group_size : (i + 1) * self.grpo.group_size]
+            group = self._judged(prompts[place], answers, (expected or {}).get(place, ()), stop)
             if group is None:
                 return None
             samples += group
@@ -128,18 +139,22 @@ class Sampler:
             draw = Draw(self.sampling, generators)
             return decode(self.net, asked, self.renderer.stop_token_ids, self.grpo.max_new_tokens, stop, draw)
 
-    def _judged(self, prompt: Sequence[int], group: Sequence[Sequence[int]], stop: Callable[[], bool]) -> list[Sample] | None:
+    def _judged(
+        self, prompt: Sequence[int], group: Sequence[Sequence[int]], expected: Sequence[int], stop: Callable[[], bool]
+    ) -> list[Sample] | None:
         """The answers to one prompt, each against the others. A person's own reward may take its time: `stop` is asked before each."""
         text = self.renderer.tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        answers = [answer_of(text, ids, self.renderer) for ids in group]
+        question, wanted = self.question_of(text), self.renderer.answer_text(expected)
+        wanted = wanted if wanted.strip() else None
+        answers = [Candidate.of(answer_of(text, ids, self.renderer), question, wanted) for ids in group]
         rewards = []
         for answer in answers:
             if stop():
                 return None
             rewards.append(judged(answer, self.judges))
         totals = [sum(weight * of_one[name] for name, (weight, _) in self.judges.items()) for of_one in rewards]
-        parts = zip(group, answers, rewards, totals, advantages(totals), strict=True)
-        return [Sample(prompt, *one) for one in parts]
+        parts, alike = zip(group, answers, rewards, totals, advantages(totals), strict=True), are_alike(totals)
+        return [Sample(prompt, *one, alike=alike) for one in parts]
 
 
 def keep(samples: Sequence[Sample], name: str, values: Tensor) -> None:
@@ -166,6 +181,7 @@ def sums(samples: Sequence[Sample], rewards: Iterable[str]) -> dict[str, float]:
         "words": sum(words(s.answer.text) for s in samples),
         "answer_tokens": sum(len(s.ids) for s in samples),
         "advantage_std": sum(s.advantage**2 for s in samples),
+        "groups_alike": sum(s.alike for s in samples),  # divided by the number of answers it is a share of the groups
         "tokens": sum(s.num_tokens for s in samples),
     }
 
@@ -190,7 +206,9 @@ def record(step: int, group: Sequence[Sample]) -> dict[str, Any]:
         }
         for s in group
     ]
-    return {"step": step, "prompt": group[0].answer.prompt, "answers": answers}
+    asked = group[0].answer
+    expected = {} if asked.expected is None else {"expected": asked.expected}
+    return {"step": step, "prompt": asked.prompt, **expected, "answers": answers}
 
 
 def write_page(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -89,6 +89,8 @@ class Counts:
     same_answers: int = 0
     """Pairs whose two answers are the same, as they are or in what fits of them, dropped."""
     kept: int = 0
+    prompts: int = 0
+    """Of them, without an answer to the last question: GRPO asks them."""
     pairs: int = 0
     """Of them, a chosen and a rejected answer each."""
     chosen_longer: int = 0
@@ -238,14 +240,15 @@ def _conversations(
                 "set data.form, or convert one"
             )
         everything = progress(itertools.chain(head, rows), f"reading {name}" + (f" ({loaded_as})" if loaded_as != "all" else ""), None)
-        good = _good(everything, found, source, selection, strict)
+        prompts = recipe.grpo is not None
+        good = _good(everything, found, source, selection, strict, prompts)
         if form == "oasst":
             leave_out = functools.partial(_leave_out, found=found, selection=selection, strict=strict)
             with Trees(good, folder, leave_out) as trees:
                 conversations = trees.conversations(source.policy, source.filters, found.dropped, source.pairs)
                 yield loaded_as, iter(progress(conversations, f"trees of {name}", None))
         else:
-            yield loaded_as, _chats(good, form, source, found, selection, strict)
+            yield loaded_as, _chats(good, form, source, found, selection, strict, prompts)
 
 
 def _form(recipe: Recipe, head: list[Row | BadRow], source: Source) -> Form:
@@ -254,13 +257,13 @@ def _form(recipe: Recipe, head: list[Row | BadRow], source: Source) -> Form:
         seen = {chats.form_of(row.values, {}) for row in head if isinstance(row, Row)} - {None}
         if seen and "oasst" not in seen:
             raise ValueError(f"data.policy: {source.policy} has no effect on {min(seen)} rows, which are no trees; set data.policy: null")
-    form = chats.recognise(head, source)
+    form = chats.recognise(head, source, prompts=recipe.grpo is not None)
     if form == "oasst" and source.policy is None:
         raise ValueError("OASST messages are trees: data.policy must say which conversations to take (all_paths is a good one)")
     if form != "oasst" and source.filters not in (None, Filters()):
         raise ValueError(f"data.filters have no effect on {form} rows, which carry no language, review or deletion; remove them")
     pairs = form == "pairs" or source.policy in PAIR_POLICIES
-    if pairs and recipe.dpo is None:
+    if pairs and recipe.dpo is None and recipe.grpo is None:
         raise ValueError(
             f"the rows of {source.source} are pairs of a chosen and a rejected answer, on which dpo trains: add dpo: {{}} to the recipe "
             "(and data.packing: false), or set data.form to another form that the rows have too"
@@ -278,7 +281,9 @@ def _form(recipe: Recipe, head: list[Row | BadRow], source: Source) -> Form:
     return form
 
 
-def _good(rows: Iterable[Row | BadRow], found: SetCounts, source: Source, selection: Selection, strict: bool) -> Iterator[Row]:
+def _good(
+    rows: Iterable[Row | BadRow], found: SetCounts, source: Source, selection: Selection, strict: bool, prompts: bool
+) -> Iterator[Row]:
     """Raises ValueError if a file's first row is of another form than the first file's: it would be left out as a whole."""
     files: set[str] = set()
     for row in rows:
@@ -288,7 +293,7 @@ def _good(rows: Iterable[Row | BadRow], found: SetCounts, source: Source, select
             continue
         if row.place.file not in files:
             files.add(row.place.file)
-            form = chats.form_of(row.values, dict(source.fields))
+            form = chats.form_of(row.values, dict(source.fields), prompts)
             if source.form is None and source.policy is None and form not in (None, found.form):
                 raise ValueError(
                     f"{row.place.file} is of form {form}, the rows before it of form {found.form}; give each a place in data.sets"
@@ -296,9 +301,11 @@ def _good(rows: Iterable[Row | BadRow], found: SetCounts, source: Source, select
         yield row
 
 
-def _chats(rows: Iterable[Row], form: Form, source: Source, found: SetCounts, selection: Selection, strict: bool) -> Iterator[Conversation]:
+def _chats(
+    rows: Iterable[Row], form: Form, source: Source, found: SetCounts, selection: Selection, strict: bool, prompts: bool
+) -> Iterator[Conversation]:
     for row in rows:
-        conversation = chats.conversation_of(row, form, source)
+        conversation = chats.conversation_of(row, form, source, prompts)
         if isinstance(conversation, BadRow):
             _leave_out(conversation, found, selection, strict)
         else:
@@ -385,7 +392,7 @@ def _of_wanted_length(conversation: Conversation, replies: Replies, counts: Coun
         unwanted_pair = outside(conversation.turns[-1].content) or outside(conversation.rejected)
         counts.no_reply += unwanted_pair
         return None if unwanted_pair else conversation
-    unwanted = [turn.role == "assistant" and turn.learn and outside(turn.content) for turn in conversation.turns]
+    unwanted = [turn.role == "assistant" and turn.learn and turn.content != "" and outside(turn.content) for turn in conversation.turns]
     counts.replies_outside += sum(unwanted)
     turns = tuple(replace(turn, learn=turn.learn and not no) for turn, no in zip(conversation.turns, unwanted, strict=True))
     if any(unwanted) and not any(turn.role == "assistant" and turn.learn for turn in turns):
@@ -481,7 +488,8 @@ def write_messages(path: Path, splits: dict[str, Conversations]) -> None:
         for split in SPLITS:
             for c in splits[split]:
                 # an answer that is learnt elsewhere must not be learnt again when this file is read
-                messages = [{"role": t.role, "content": t.content} | ({} if t.learn else {"train": False}) for t in c.turns]
+                turns = c.turns[:-1] if c.is_prompt else c.turns
+                messages = [{"role": t.role, "content": t.content} | ({} if t.learn else {"train": False}) for t in turns]
                 line = {"split": split, "key": c.key, "tree": c.group, "language": c.language}
                 if c.rejected is None:
                     line |= {"messages": messages}

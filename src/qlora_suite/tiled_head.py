@@ -41,6 +41,8 @@ class Question:
     targets: Tensor
     """[tokens] int64: and what"""
     summed: bool
+    temperature: float
+    """By which logits are divided."""
     answered: bool = False
 
 
@@ -48,11 +50,11 @@ _question: ContextVar[Question | None] = ContextVar("question", default=None)
 
 
 @contextlib.contextmanager
-def asked(places: Tensor, targets: Tensor, summed: bool) -> Iterator[Question]:
+def asked(places: Tensor, targets: Tensor, summed: bool, temperature: float = 1.0) -> Iterator[Question]:
     """While it is open, a head that was given to `use` answers with losses where it would with logits: [1, 1, 1] their sum, or
     [1, tokens, 1] each of them.
     """
-    question = Question(places, targets, summed)
+    question = Question(places, targets, summed, temperature)
     token = _question.set(question)
     try:
         yield question
@@ -65,13 +67,14 @@ def use(head: nn.Module, vocabulary: int, at_once: bool = True) -> None:
 
     `at_once`: may a trained head's gradient be taken within its forward pass, where all losses count alike? Else as in preferences.
     """
-    logits_of, most = head.forward, max(1, LOGITS_PER_TILE // vocabulary)
+    plain, most = head.forward, max(1, LOGITS_PER_TILE // vocabulary)
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         question = _question.get()
         if question is None:
-            return logits_of(hidden, *args, **kwargs)
-        question.answered = True
+            return plain(hidden, *args, **kwargs)
+        question.answered, temperature = True, question.temperature
+        logits_of = plain if temperature == 1 else lambda x: plain(x).float() / temperature
         tokens = hidden.flatten(0, -2).index_select(0, question.places)
         trained = [p for p in head.parameters() if p.requires_grad]
         tile = min(most, TRAINED_TILE) if trained and _computed_in(tokens) != torch.float32 else most

@@ -8,7 +8,7 @@ A row holds what `Renderer.prompt` gives for the turns before the answer, so tha
 one prompt (the replies of one OASST message) are one prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from qlora_suite.chat import Renderer
+from qlora_suite.conversations import Turn
 from qlora_suite.dataset import Rows
 from qlora_suite.tracking import StepBar
 
@@ -41,6 +43,11 @@ class Prompts(Sequence[list[int]]):
 
     def __getitem__(self, number: int) -> list[int]:
         return self.rows[int(self.row_numbers[number])]["input_ids"][: self.lengths[number]].tolist()
+
+    def expected(self, number: int) -> list[int]:
+        """The ids of the answer that the row has behind this prompt, with its end token where that fits."""
+        row, length = self.rows[int(self.row_numbers[number])], self.lengths[number]
+        return row["input_ids"][length:][np.asarray(row["supervised"][length:], dtype=bool)].tolist()
 
     def __str__(self) -> str:
         left_out = {"the same as another": self.num_asked_before, "too long": self.num_too_long}
@@ -82,3 +89,24 @@ def read_prompts(rows: Rows, longest: int, visible: bool = False) -> Prompts:
             "grpo.max_new_tokens, or raise data.max_length and prepare the data again"
         )
     return Prompts(rows, np.array(numbers), np.array(lengths), len(rows) - too_long - len(numbers), too_long)
+
+
+def question_finder(renderer: Renderer) -> Callable[[str], str]:
+    """A function from the decoded text of a prompt to what the user said last in it.
+
+    Told by trial: what stands in front of a question, behind it, and between an answer and the next question, is seen where the format
+    writes known ones.
+    """
+
+    def written(*turns: Turn) -> str:
+        return renderer.tokenizer.decode(renderer.prompt(turns), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    question, answer = Turn("user", "Where?"), Turn("assistant", "There!")
+    front, _, behind = written(question).rpartition(question.content)
+    between = written(question, answer, question).rpartition(question.content)[0].rpartition(answer.content)[2]
+
+    def question_of(text: str) -> str:
+        last = text.rpartition(between)[2] if between and between in text else text.removeprefix(front)
+        return last.partition(behind)[0] if behind else last
+
+    return question_of
