@@ -420,7 +420,7 @@ def test_inspection_shows_pairs_and_lines_that_prepare_them(make_recipe: MakeRec
         "the rejected answer; what is compared",
     ):
         assert words in shown
-    pasted = yaml.safe_load(shown.split("lines for the sections data, chat and dpo of a recipe:")[1])
+    pasted = yaml.safe_load(shown.split("in place of the sections data, chat and dpo of a recipe:")[1])
     assert (pasted["data"]["form"], pasted["data"]["packing"], pasted["dpo"]) == ("pairs", False, {"beta": 0.1})
     overrides = [f"data.{key}={json.dumps(value)}" for key, value in pasted["data"].items()]
     recipe = load(make_recipe("data.policy=null", *overrides, f"dpo={json.dumps(pasted['dpo'])}"))

@@ -367,11 +367,13 @@ def _lengths(recipe: Recipe, rows: Rows, config: PreTrainedConfig, counts: Mappi
 
 
 def _cut(recipe: Recipe, counts: Mapping[str, Any]) -> Finding:
-    whole = counts["kept"] + counts["dropped_too_long"]
-    lost = counts["cut_conversations"] + counts["dropped_too_long"]
-    text = f"{lost:,} of {whole:,} conversations are longer than {recipe.data.max_length:,} tokens ({lost / max(1, whole):.1%})"
-    if lost > MANY_CUT * whole:
-        return Finding("look", "cut", f"{text}, and lose what is behind", "raise data.max_length, if base and card allow it")
+    cut, dropped, unit = counts["cut_conversations"], counts["dropped_too_long"], "pairs" if recipe.dpo else "conversations"
+    whole = counts["kept"] + dropped
+    fates = {"cut, and lose what is behind": cut, "dropped": dropped}
+    lost = ", ".join(f"{count:,} ({count / whole:.1%}) are {fate}" for fate, count in fates.items() if count)
+    text = f"of {whole:,} {unit} at {recipe.data.max_length:,} tokens: {lost or 'all are whole'}"
+    if cut + dropped > MANY_CUT * whole:
+        return Finding("look", "cut", text, "raise data.max_length, if base and card allow it")
     return Finding("ok", "cut", text)
 
 
