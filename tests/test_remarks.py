@@ -3,7 +3,7 @@
 from conftest import MakeRecipe
 
 from qlora_suite.recipe_file import load
-from qlora_suite.remarks import remarks
+from qlora_suite.remarks import FORGETS, forgetting, remarks
 
 
 def test_a_usual_run_needs_no_remark(make_recipe: MakeRecipe) -> None:
@@ -25,3 +25,9 @@ def test_targets_that_match_nothing_are_named_beside_those_that_do(make_recipe: 
     assert remarks(recipe, num_rows=8, num_steps=10, adapted={"fc1", "Wqkv"}) == []
     (remark,) = remarks(recipe, num_rows=8, num_steps=10, adapted={"fc1"})
     assert remark == "adapter.targets Wqkv match nothing in this base; only fc1 are adapted"
+
+
+def test_answers_that_became_unlikely_are_remarked_on_once() -> None:
+    assert forgetting({}, []) == forgetting({"log_ratio": -0.99}, []) == forgetting({"log_ratio": float("nan")}, []) == ""
+    assert "(-2.2 nats a token)" in forgetting({"log_ratio": -2.2}, [{"step": 1, "event": "spike"}])
+    assert forgetting({"log_ratio": -2.2}, [{"step": 1, "loss": 0.0}, {"step": 2, "event": FORGETS}]) == ""

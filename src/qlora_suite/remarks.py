@@ -1,8 +1,13 @@
-"""What a run may do, and what its owner probably did not mean: said once at the start, never refused."""
+"""What a run may do, and what its owner probably did not mean: said once, most of it at the start, and never refused."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from qlora_suite.recipe import Recipe
+
+FORGETS = "the model forgets how to speak"
+FAR_BELOW = -1.0
+"""Nats a token of `log_ratio` (dpo.MEASURES): 10 tokens, chosen or rejected, have become e^10 times less likely than at the start."""
 
 
 def remarks(recipe: Recipe, num_rows: int, num_steps: int, adapted: Collection[str] | None = None) -> list[str]:
@@ -25,3 +30,16 @@ def remarks(recipe: Recipe, num_rows: int, num_steps: int, adapted: Collection[s
             f"the run ends before its first evaluation (evaluation.every_steps: {every}, {num_steps} steps); one is made at the end"
         )
     return found
+
+
+def forgetting(of_pairs: Mapping[str, float], journal: Iterable[Mapping[str, Any]]) -> str:
+    """A sentence about a step of DPO, for which an answer's likelihood may fall without end if only the other one's falls further: the
+    loss does not show it. Nothing where all is well, or where the run's journal has it.
+    """
+    log_ratio = of_pairs.get("log_ratio", 0.0)
+    if not log_ratio < FAR_BELOW or any(record.get("event") == FORGETS for record in journal):
+        return ""
+    return (
+        f"chosen and rejected answers are both far less likely than at the start ({log_ratio:.1f} nats a token): {FORGETS}; end the run, "
+        "and take a lower optim.learning_rate or a larger dpo.beta"
+    )
