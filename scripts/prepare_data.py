@@ -19,13 +19,20 @@ from qlora_suite.command_line import parser_for, read_arguments, with_clear_erro
 from qlora_suite.recipe_file import load
 
 
+EXAMPLE = Path(__file__).parents[1] / "recipes" / "my_chat_data.yaml"
+"""The recipe of --inspect where none is given."""
+SMALL = Path(__file__).parents[1] / "assets" / "tiny_phi"
+"""Whose tokenizer counts where that recipe's base is not at hand."""
+
+
 def look(args: Namespace) -> None:
-    """`args.recipe`, a path, becomes the recipe; --inspect does without one."""
+    """`args.recipe`, a path, becomes the recipe; --inspect does without one. `args.base_is_chosen`: by a person."""
+    args.base_is_chosen = True
     if args.num_workers < 1:
         raise ValueError(f"--num-workers is {args.num_workers}; give 1 or more")
     if args.inspect is not None and (args.recipe is None or ("=" in args.recipe and not Path(args.recipe).is_file())):
         args.overrides = [*filter(None, [args.recipe]), *args.overrides]
-        args.recipe = Path(__file__).parents[1] / "recipes" / "my_chat_data.yaml"
+        args.recipe, args.base_is_chosen = EXAMPLE, any(override.startswith("model.base=") for override in args.overrides)
     if args.recipe is None:
         raise ValueError("give a recipe, or --inspect FILE")
     args.recipe = load(args.recipe, args.overrides)
@@ -58,7 +65,7 @@ from qlora_suite import dataset
 from qlora_suite.chat import Renderer
 from qlora_suite.files import errors_name
 from qlora_suite.funnel import LABELS, reading_rows, split_rows
-from qlora_suite.inspection import LENGTHS, complaint_about, inspect, lines_of, quantiles
+from qlora_suite.inspection import LENGTHS, complaint_about, inspect, is_at_hand, lines_of, quantiles
 from qlora_suite.preparation import check_replaceable, prepare
 from qlora_suite.recipe import Recipe
 from qlora_suite.rendered import Rendered
@@ -210,8 +217,15 @@ def _marked(renderer: Renderer, example: Rendered, plain: bool) -> Text:
     return text
 
 
-def show_inspection(recipe: Recipe, file: str) -> None:
+def show_inspection(recipe: Recipe, file: str, base_is_chosen: bool = True) -> None:
     """What is in a file: form, what would be left out, lengths, an example, and the lines for a recipe."""
+    if not base_is_chosen and not is_at_hand(recipe.model):
+        say(
+            f"{recipe.model.base}, the base of {EXAMPLE.name}, is not at hand, so the tokens are those of assets/{SMALL.name}: shorter ones,"
+        )
+        say("so that each length is more than yours will be; give your recipe, or model.base=FOLDER, to count with yours\n")
+        model = recipe.model.model_copy(update={"base": str(SMALL), "revision": None})
+        recipe = recipe.model_copy(update={"model": model})
     found = inspect(recipe, file, progress)
     rows = f"the first {found.read:,} rows" if found.more else f"{found.read:,} rows"
     say(f"{file}: {rows}, of form {found.form}; tokens are those of {recipe.model.base}, chat format {found.chat.format}\n")
@@ -278,7 +292,7 @@ if __name__ == "__main__":
 
     def main() -> None:
         if args.inspect is not None:
-            show_inspection(args.recipe, args.inspect)
+            show_inspection(args.recipe, args.inspect, args.base_is_chosen)
         else:
             run(args.recipe, args.ids, args.export_jsonl, args.strict, args.num_workers)
 

@@ -1,12 +1,14 @@
 """The lines that `prepare_data.py --inspect` prints stand as they are in the recipe that it was given, whatever the recipe was for."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import OASST1, ROOT, MakeRecipe
+from conftest import OASST1, ROOT, MakeRecipe, run_script
 from in_process import script
 
 from qlora_suite.preparation import prepare
@@ -90,3 +92,35 @@ def test_the_suites_recipes_take_a_file_of_pairs(recipe: str, tmp_path: Path, ca
         pytest.skip("trains no adapter")
     script("prepare_data").show_inspection(values, str(file_of("pairs", tmp_path)))
     assert "problem" not in capsys.readouterr().out
+
+
+def test_without_a_recipe_no_network_is_waited_for(tmp_path: Path) -> None:
+    """The example's base is asked for once, at an address where nothing answers: the hub's client would try again for half a minute."""
+    file, asked = file_of("pairs", tmp_path), []
+    with HTTPServer(("127.0.0.1", 0), handler(asked)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        looked = run_script("prepare_data.py", "--inspect", file, env=away)
+        server.shutdown()
+    assert looked.returncode == 0, looked.stderr
+    assert "is not at hand, so the tokens are those of assets/tiny_phi" in looked.stdout
+    assert "pairs           40; turns" in looked.stdout
+    assert [path for path in asked if "Qwen" in path] == ["/api/models/Qwen/Qwen2.5-1.5B-Instruct"]
+    chosen = run_script("prepare_data.py", f"model.base={tmp_path / 'none'}", "--inspect", file)
+    assert chosen.returncode == 2, "a base that a person has chosen is not replaced by another"
+
+
+def handler(asked: list[str]) -> type[BaseHTTPRequestHandler]:
+    """A hub that is out of order."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler

@@ -460,3 +460,16 @@ def test_whole_pairs_that_are_dropped_are_not_called_cut(make_recipe: MakeRecipe
     all_pairs = counts["kept"] + counts["dropped_too_long"]
     lost = f"{counts['dropped_too_long']} ({counts['dropped_too_long'] / all_pairs:.1%}) are dropped"
     assert (cut.level, cut.text) == ("look", f"of {all_pairs} pairs at 512 tokens: {lost}")
+
+
+def test_what_is_empty_of_a_pair_is_named(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    said = [{"role": "assistant", "content": " "}]
+    rows = [pair("q", "good", "bad"), pair("q", "", "bad"), pair("q", "good", "  "), pair("", "good", "bad"), pair("q", "good", said)]
+    recipe = load(make_recipe(f"data.source={write_lines(tmp_path / 'a.jsonl', rows)}", *ROWS))
+    with selected(recipe) as selection:
+        assert [(bad.reason, bad.key, bad.value) for bad in selection.bad_rows] == [
+            ("empty", "chosen", '""'),
+            ("empty", "rejected", '"  "'),
+            ("empty", "prompt", '""'),
+            ("empty", "rejected", '" "'),
+        ]

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import yaml
+from huggingface_hub import HfApi, try_to_load_from_cache
 
 from qlora_suite import chats, oasst1, sources
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation
 from qlora_suite.model import load_config, load_tokenizer
-from qlora_suite.recipe import FIELDS, PAIR_POLICIES, Chat, Data, Dpo, Form, Recipe, Source
+from qlora_suite.recipe import FIELDS, PAIR_POLICIES, Chat, Data, Dpo, Form, Model, Recipe, Source
 from qlora_suite.recipe_file import from_dict
 from qlora_suite.rendered import Rendered
 from qlora_suite.role_markers import add_role_markers
@@ -29,6 +30,7 @@ HOW_ROWS_ARE_READ = ("form", "fields", "roles", "same_role", "tool_turns", "lear
 OF_CHATS = ("roles", "same_role", "tool_turns")
 OF_TEXTS = ("learn_after", "learn_until")
 OF_TREES = ("filters", "pairs")
+HUB_SECONDS = 3.0
 ENOUGH = 0.05
 """The suggested max_length cuts at most this share of the conversations."""
 
@@ -111,6 +113,17 @@ class Inspection:
         if recipe.grpo is not None and not prompts:
             sections["grpo"] = None
         return sections
+
+
+def is_at_hand(model: Model) -> bool:
+    """Can its tokenizer be had, without the half a minute in which the hub's client tries a network that is not there again and again?"""
+    if Path(model.base).is_dir() or isinstance(try_to_load_from_cache(model.base, "config.json", revision=model.revision), str):
+        return True
+    try:
+        HfApi().model_info(model.base, revision=model.revision, timeout=HUB_SECONDS)
+    except Exception:  # of whatever library it goes through: the file is shown all the same
+        return False
+    return True
 
 
 def lines_of(sections: dict[str, dict[str, Any] | None]) -> str:
