@@ -18,7 +18,6 @@ from pathlib import Path
 from qlora_suite.command_line import parser_for, read_arguments, with_clear_errors
 from qlora_suite.recipe_file import load
 
-
 EXAMPLE = Path(__file__).parents[1] / "recipes" / "my_chat_data.yaml"
 """The recipe of --inspect where none is given."""
 SMALL = Path(__file__).parents[1] / "assets" / "tiny_phi"
@@ -72,6 +71,7 @@ from qlora_suite.rendered import Rendered
 from qlora_suite.selection import SPLITS, Selection, selected, write_ids, write_messages
 from qlora_suite.tracking import console, say
 from qlora_suite.train_prompts import prompt_lengths, read_prompts
+from qlora_suite.wording import counted
 
 MUCH = 0.05
 """A share of the supervised tokens that is worth a note when it is cut."""
@@ -95,7 +95,7 @@ def run(recipe: Recipe, ids: str | None = None, export: str | None = None, stric
         return
     with errors_name(Path(recipe.data.prepared)), selected(recipe, progress, strict) as selection:
         if ids:
-            say(f"wrote {ids}: {write_ids(Path(ids), selection.splits):,} lines")
+            say(f"wrote {ids}: {counted(write_ids(Path(ids), selection.splits), 'line')}")
         if export:
             write_messages(Path(export), selection.splits)
             say(f"wrote {export}")
@@ -130,12 +130,12 @@ def show_funnel(counts: dict[str, Any], recipe: Recipe) -> None:
     """Where every message and every conversation went."""
     reading, splits = reading_rows(counts), split_rows(counts, recipe.data.packing, prompts=recipe.grpo is not None)
     width = max(map(len, [*LABELS.values(), *(label for label, _ in reading)]))
-    unit = "pairs" if recipe.dpo is not None else "conversations"
+    unit = "pair" if recipe.dpo is not None else "conversation"
     if len(counts["sets"]) > 1:
         for one in counts["sets"]:
             left = one["read"] - sum(one["dropped"].values())
             of_it = f"{left:,} of {one['read']:,} {one['unit']} kept, of form {one['form']}"
-            say(f"{one['name']}: {of_it}; {one['taken']:,} {unit} for training")
+            say(f"{one['name']}: {of_it}; {counted(one['taken'], unit)} for training")
     for label, count in reading:
         say(f"{label:<{width}} {count:>9,}")
     say("")
@@ -165,8 +165,8 @@ def show_losses(train: dict[str, Any], recipe: Recipe, unit: str) -> None:
     whole, at = max(1, train["supervised"] + cut + dropped), f"data.max_length: {recipe.data.max_length:,}"
     larger = "where base and memory allow"
     if dropped / whole > MUCH:
-        which = f"{train['dropped_too_long']:,} {unit} longer than {at} are dropped, and with them {dropped / whole:.0%}"
-        say(f"note: {which} of what there is to learn; a larger one keeps them, {larger}")
+        which = f"{counted(train['dropped_too_long'], unit)} left out as longer than {at}"
+        say(f"note: {which}, {dropped / whole:.0%} of what there is to learn; a larger one keeps it, {larger}")
     if cut / whole > MUCH:
         remedy = f"a larger one keeps it, {larger}"
         if recipe.dpo is not None and recipe.data.too_long == "truncate":
@@ -227,7 +227,7 @@ def show_inspection(recipe: Recipe, file: str, base_is_chosen: bool = True) -> N
         model = recipe.model.model_copy(update={"base": str(SMALL), "revision": None})
         recipe = recipe.model_copy(update={"model": model})
     found = inspect(recipe, file, progress)
-    rows = f"the first {found.read:,} rows" if found.more else f"{found.read:,} rows"
+    rows = f"{'the first ' if found.more else ''}{counted(found.read, 'row')}"
     say(f"{file}: {rows}, of form {found.form}; tokens are those of {recipe.model.base}, chat format {found.chat.format}\n")
     keys = ", ".join(key if count == found.read else f"{key} ({count:,})" for key, count in found.keys.most_common(12))
     say(f"keys            {keys}")

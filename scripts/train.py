@@ -64,6 +64,7 @@ from qlora_suite.schedule import lr_at
 from qlora_suite.tracking import StepBar, peak_memory_gib, say
 from qlora_suite.trainable import build_model
 from qlora_suite.watchdog import Watchdog, exit_at_once_on_errors, process_group_timeout, set_timeout_of_every_group
+from qlora_suite.wording import counted
 
 
 def train(recipe: Recipe, verify_data: bool = False) -> None:
@@ -108,7 +109,9 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         if run.finished:
             with together(accelerator):
                 run.check_finished(identity)
-            say_once(f"{run.path} is finished: {run.step} steps, result in {run.path / 'final'} (another output.dir trains anew)")
+            say_once(
+                f"{run.path} is finished: {counted(run.step, 'step')}, result in {run.path / 'final'} (another output.dir trains anew)"
+            )
             return
 
         # ---- model, adapter, optimiser; then whatever a checkpoint knows better ---------------------------------------------

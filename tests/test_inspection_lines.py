@@ -103,7 +103,7 @@ def test_without_a_recipe_no_network_is_waited_for(tmp_path: Path) -> None:
         looked = run_script("prepare_data.py", "--inspect", file, env=away)
         server.shutdown()
     assert looked.returncode == 0, looked.stderr
-    assert "is not at hand, so the tokens are those of assets/tiny_phi" in looked.stdout
+    assert "is not at hand; tokens are those of assets/tiny_phi, shorter ones" in looked.stdout
     assert "pairs           40; turns" in looked.stdout
     assert [path for path in asked if "Qwen" in path] == ["/api/models/Qwen/Qwen2.5-1.5B-Instruct"]
     chosen = run_script("prepare_data.py", f"model.base={tmp_path / 'none'}", "--inspect", file)

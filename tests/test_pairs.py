@@ -452,7 +452,7 @@ def test_whole_pairs_that_are_dropped_are_not_called_cut(make_recipe: MakeRecipe
     assert rows["supervised tokens dropped as too long"] == [f"{dropped:,}", f"{manifest['counts']['dev']['dropped_tokens']:,}", "-"]
     assert rows["dropped: too long"][2] == "-", "nothing is dropped from the validation split here"
     assert "the validation split is kept whole; scripts/evaluate.py says what of it does not fit" in shown
-    assert f"{counts['dropped_too_long']} pairs longer than data.max_length: 512 are dropped, and with them {share:.0%} of what" in shown
+    assert f"{counts['dropped_too_long']} pairs left out as longer than data.max_length: 512, {share:.0%} of what there is" in shown
     assert " cut" not in shown.replace("is cut by a hash", "")
 
     found = preflight_checks.data_findings(recipe, manifest, rows_of(recipe), rows_of(recipe, "dev"), load_config(recipe.model))

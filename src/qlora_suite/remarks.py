@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from qlora_suite.recipe import Recipe
+from qlora_suite.wording import counted
 
 FORGETS = "the model forgets how to speak"
 FAR_BELOW = -1.0
@@ -19,15 +20,17 @@ def remarks(recipe: Recipe, num_rows: int, num_steps: int, adapted: Collection[s
             found.append(f"adapter.targets {', '.join(nothing)} match nothing in this base; only {', '.join(sorted(adapted))} are adapted")
     warmup, rows_per_step = recipe.optim.warmup_steps, recipe.train.rows_per_step
     if warmup > num_steps:
-        found.append(f"all {num_steps} steps are warm-up (optim.warmup_steps: {warmup}), so the rate never reaches optim.learning_rate")
+        found.append(
+            f"{'the only step is' if num_steps == 1 else f'all {num_steps:,} steps are'} warm-up (optim.warmup_steps: {warmup}), so the rate never reaches optim.learning_rate"
+        )
     if num_rows < rows_per_step:
         found.append(
-            f"the data has {num_rows} rows, fewer than a step (train.rows_per_step: {rows_per_step}): every step holds all of them"
+            f"the data has {counted(num_rows, 'row')}, fewer than a step (train.rows_per_step: {rows_per_step}): every step holds all of them"
         )
     every = recipe.evaluation.every_steps
     if every is not None and every > num_steps:
         found.append(
-            f"the run ends before its first evaluation (evaluation.every_steps: {every}, {num_steps} steps); one is made at the end"
+            f"the run ends before its first evaluation (evaluation.every_steps: {every}, {counted(num_steps, 'step')}); one is made at the end"
         )
     return found
 
