@@ -220,9 +220,7 @@ def _marked(renderer: Renderer, example: Rendered, plain: bool) -> Text:
 def show_inspection(recipe: Recipe, file: str, base_is_chosen: bool = True) -> None:
     """What is in a file: form, what would be left out, lengths, an example, and the lines for a recipe."""
     if not base_is_chosen and not is_at_hand(recipe.model):
-        say(
-            f"{recipe.model.base}, the base of {EXAMPLE.name}, is not at hand, so the tokens are those of assets/{SMALL.name}: shorter ones,"
-        )
+        say(f"{recipe.model.base}, the base of {EXAMPLE.name}, is not at hand; tokens are those of assets/{SMALL.name}, shorter ones,")
         say("so that each length is more than yours will be; give your recipe, or model.base=FOLDER, to count with yours\n")
         model = recipe.model.model_copy(update={"base": str(SMALL), "revision": None})
         recipe = recipe.model_copy(update={"model": model})

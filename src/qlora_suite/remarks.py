@@ -18,20 +18,16 @@ def remarks(recipe: Recipe, num_rows: int, num_steps: int, adapted: Collection[s
         nothing = [target for target in recipe.adapter.targets if target not in adapted]
         if nothing:
             found.append(f"adapter.targets {', '.join(nothing)} match nothing in this base; only {', '.join(sorted(adapted))} are adapted")
-    warmup, rows_per_step = recipe.optim.warmup_steps, recipe.train.rows_per_step
+    warmup, rows_per_step, steps = recipe.optim.warmup_steps, recipe.train.rows_per_step, counted(num_steps, "step")
     if warmup > num_steps:
-        found.append(
-            f"{'the only step is' if num_steps == 1 else f'all {num_steps:,} steps are'} warm-up (optim.warmup_steps: {warmup}), so the rate never reaches optim.learning_rate"
-        )
+        all_steps = "the only step is" if num_steps == 1 else f"all {steps} are"
+        found.append(f"{all_steps} warm-up (optim.warmup_steps: {warmup}), so the rate never reaches optim.learning_rate")
     if num_rows < rows_per_step:
-        found.append(
-            f"the data has {counted(num_rows, 'row')}, fewer than a step (train.rows_per_step: {rows_per_step}): every step holds all of them"
-        )
+        fewer = f"the data has {counted(num_rows, 'row')}, fewer than a step"
+        found.append(f"{fewer} (train.rows_per_step: {rows_per_step}): every step holds all of them")
     every = recipe.evaluation.every_steps
     if every is not None and every > num_steps:
-        found.append(
-            f"the run ends before its first evaluation (evaluation.every_steps: {every}, {counted(num_steps, 'step')}); one is made at the end"
-        )
+        found.append(f"the run ends before its first evaluation (evaluation.every_steps: {every}, {steps}); one is made at the end")
     return found
 
 
