@@ -58,6 +58,7 @@ def test_the_lines_stand_in_the_recipe_as_they_are(kind: str, form: str, make_re
     assert "problem" not in shown
     (tmp_path / "pasted.yaml").write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **lines}))
     pasted = load(tmp_path / "pasted.yaml")
+    assert lines["data"].get("pairs") == ({"shorter": 0.5} if (kind, form) == ("conciseness", "oasst") else None)
     pairs = form == "pairs" or (form == "oasst" and kind in ("dpo", "conciseness"))
     assert (pasted.dpo is not None) is pairs
     assert (pasted.grpo is not None) is (kind == "grpo" and form not in ("pairs", "text"))
@@ -106,7 +107,7 @@ def test_without_a_recipe_no_network_is_waited_for(tmp_path: Path) -> None:
     assert "is not at hand; tokens are those of assets/tiny_phi, shorter ones" in looked.stdout
     assert "pairs           40; turns" in looked.stdout
     assert [path for path in asked if "Qwen" in path] == ["/api/models/Qwen/Qwen2.5-1.5B-Instruct"]
-    chosen = run_script("prepare_data.py", f"model.base={tmp_path / 'none'}", "--inspect", file)
+    chosen = run_script("prepare_data.py", "model.base=someone/else", "--inspect", file)
     assert chosen.returncode == 2, "a base that a person has chosen is not replaced by another"
 
 

@@ -91,7 +91,7 @@ class Inspection:
             chat.pop("loss_on", None)  # the answers alone are compared
         ways = {"source": self.file, "split": "by_hash"} | ({"policy": self.policy} if self.policy else {"form": self.form})
         ways |= _of_form(data.model_dump(mode="json", include=set(HOW_ROWS_ARE_READ) - {"form"}, exclude_defaults=True), self.form)
-        if "pairs" in ways and not (self.policy in PAIR_POLICIES and ways["pairs"]):
+        if ways.get("pairs") == {}:  # as without it
             del ways["pairs"]
         if data.dev_share != Data.model_fields["dev_share"].default:
             ways["dev_share"] = data.dev_share
