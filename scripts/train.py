@@ -48,7 +48,7 @@ from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_s
 from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.compiled import check_compiler, compile_layers
-from qlora_suite.dpo import MEASURES
+from qlora_suite.dpo import MEASURES, in_short
 from qlora_suite.engine import engine_for, name_of, seed_for
 from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import check_dev_rows, dev_loss, dev_rows
@@ -58,11 +58,13 @@ from qlora_suite.micro_batch import choose, is_out_of_memory, longest_batch, set
 from qlora_suite.preemption import StopRequest
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Recipe
+from qlora_suite.remarks import FORGETS, forgetting
 from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.schedule import lr_at
 from qlora_suite.tracking import StepBar, peak_memory_gib, say
 from qlora_suite.trainable import build_model
 from qlora_suite.watchdog import Watchdog, exit_at_once_on_errors, process_group_timeout, set_timeout_of_every_group
+from qlora_suite.wording import counted
 
 
 def train(recipe: Recipe, verify_data: bool = False) -> None:
@@ -107,7 +109,9 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         if run.finished:
             with together(accelerator):
                 run.check_finished(identity)
-            say_once(f"{run.path} is finished: {run.step} steps, result in {run.path / 'final'} (another output.dir trains anew)")
+            say_once(
+                f"{run.path} is finished: {counted(run.step, 'step')}, result in {run.path / 'final'} (another output.dir trains anew)"
+            )
             return
 
         # ---- model, adapter, optimiser; then whatever a checkpoint knows better ---------------------------------------------
@@ -257,6 +261,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 loss_sum, grad_norm, *rest = engine.totals(losses, *signs)
                 measured, counts = rest[: -len(signs)], rest[-len(signs) :]
                 loss, seen = loss_sum / divisor, run_folder.Signs.of(counts)
+                of_pairs = {name: value / divisor for name, value in zip(MEASURES, measured, strict=False)}
                 found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
                 applied = is_applied(found, recipe.optim)
                 if found and not is_scale_search(found, loss, dtype, engine.loss_scale(), state.skipped_in_a_row):
@@ -278,11 +283,14 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                     supervised_tokens=num_tokens,
                     tokens=state.tokens,
                     tokens_per_second=round(tokens / seconds, 1),
-                    **{name: value / divisor for name, value in zip(MEASURES, measured, strict=False)},
+                    **of_pairs,
                     peak_memory_gib=round(peak_memory_gib(accelerator.device), 3),
                     **({} if applied else {"rows": step_rows}),
                 )
-                bar.advance(state.step, f"loss {loss:.3f}  {state.tokens / state.seconds:,.0f} tokens/s")
+                bar.advance(state.step, f"loss {loss:.3f}{in_short(of_pairs)}  {state.tokens / state.seconds:,.0f} tokens/s")
+                if accelerator.is_main_process and (remark := forgetting(of_pairs, run.metrics.records)):
+                    say(f"step {state.step}: {remark}")
+                    run.add_event(state.step, FORGETS, log_ratio=of_pairs["log_ratio"])
                 if not applied:
                     with together(accelerator):
                         check_skipped(state.skipped_in_a_row, recipe.train.max_skipped_steps, dtype, engine.loss_scale(), found, step_rows)

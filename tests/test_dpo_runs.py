@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 
-from qlora_suite import dpo, evaluation, reference
+from qlora_suite import dpo, evaluation, reference, remarks
 from qlora_suite.batches import Order
 from qlora_suite.checkpoint import ADAPTER
 from qlora_suite.dataset import Rows
+from qlora_suite.incidents import incidents
 from qlora_suite.launched_runs import Killed, after_step, die, difference, free_port
 from qlora_suite.recipe_file import load
 from qlora_suite.reference import FILE
+from qlora_suite.tracking import read_journal
 
 STEPS = 10
 PAIRS = (
@@ -80,6 +82,26 @@ def test_pairs_that_it_sees_again_and_again_are_told_apart(recipe: Path, folder:
     assert records[-1]["accuracy"] > 0.9
     assert records[-1]["loss"] < 0.5 < records[0]["loss"]
     assert records[-1]["margin"] > 0.5
+
+
+def test_what_matters_stands_beside_the_loss_and_a_model_that_forgets_is_said_once(
+    recipe: Path, folder: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remarks, "FAR_BELOW", -0.01)  # the random base has little to forget
+    keys = (f"output.dir={folder / 'forgets'}", "optim.learning_rate=3e-2", "checkpoints.every_steps=5", "evaluation.every_steps=null")
+    train(recipe, *keys, "stop.after_minutes=0.00001")
+    run = train(recipe, *keys)
+    shown, records = capsys.readouterr().out, metrics(run)
+    last = records[-1]
+    words = [f"accuracy {last['accuracy']:.2f}", f"margin {last['margin']:.2f}", f"log-ratio {last['log_ratio']:.2f}"]
+    assert f"training {STEPS}/{STEPS}  loss {last['loss']:.3f}  {'  '.join(words)}  " in shown
+    below = [record["step"] for record in records if record["log_ratio"] < remarks.FAR_BELOW]
+    assert len(below) > 1, "of which the first alone is worth a word"
+    assert shown.count("the model forgets how to speak") == 1
+    assert f"step {below[0]}: chosen and rejected answers are both far less likely" in shown
+    (incident,) = incidents(read_journal(run / "metrics.jsonl"))
+    assert (incident["what"], incident["steps"]) == ("the model forgets how to speak", f"step {below[0]}")
+    assert incident["last"].startswith("log ratio -")
 
 
 def recipe_with(recipe: Path, folder: Path, *overrides: str) -> Path:

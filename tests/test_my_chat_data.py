@@ -1,4 +1,6 @@
-"""A newcomer's way: recipes/my_chat_data.yaml, five lines edited, on a ShareGPT and on an Alpaca file with a small Llama."""
+"""A newcomer's way: recipes/my_chat_data.yaml, five lines edited, on a ShareGPT and on an Alpaca file with a small Llama; and after it
+recipes/my_preference_pairs.yaml on a file of pairs.
+"""
 
 import gzip
 import json
@@ -11,9 +13,14 @@ import torch
 import yaml
 from conftest import ROOT, run_script
 from families import tokenizer_of
+from in_process import evaluate, metrics, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
-RECIPE = ROOT / "recipes" / "my_chat_data.yaml"
+from qlora_suite.preparation import prepare
+from qlora_suite.recipe_file import load
+from qlora_suite.selection import selected
+
+RECIPE, PAIRS = ROOT / "recipes" / "my_chat_data.yaml", ROOT / "recipes" / "my_preference_pairs.yaml"
 EDITED = re.compile(r"^(?P<key>\s*(?:\w+:|-)) .*# <- \d.*$")
 
 
@@ -48,19 +55,19 @@ def alpaca(pairs: list[tuple[str, str]]) -> list[Any]:
     return [{"instruction": q, "input": "", "output": a} for q, a in pairs]
 
 
-def edited(folder: Path, **values: str) -> Path:
+def edited(folder: Path, recipe: Path = RECIPE, **values: str) -> Path:
     """The recipe with its five marked lines rewritten, and nothing else."""
     lines, done = [], []
-    for line in RECIPE.read_text(encoding="utf-8").splitlines():
+    for line in recipe.read_text(encoding="utf-8").splitlines():
         match = EDITED.match(line)
         if match:
             key = match["key"].strip().rstrip(":")
-            name = {"base": "base", "source": "source", "prepared": "prepared", "dir": "run", "-": "prompt"}[key]
+            name = {"base": "base", "source": "source", "prepared": "prepared", "dir": "run", "-": "prompt", "start_from": "start"}[key]
             done.append(name)
         lines.append(f"{match['key']} {json.dumps(values[name])}" if match else line)
     assert sorted(done) == sorted(values), "the recipe marks the lines to be edited"
     assert len(done) == 5
-    path = folder / "mine.yaml"
+    path = folder / f"mine_{recipe.name}"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -97,3 +104,40 @@ def test_five_edited_lines_train_on_ones_own_file(form: str, write: Any, llama: 
     template = json.loads((run / "final" / "tokenizer_config.json").read_text()).get("chat_template")
     saved = template or (run / "final" / "chat_template.jinja").read_text()
     assert saved == (ROOT / "tests" / "templates" / "llama3.jinja").read_text()
+
+
+def test_five_edited_lines_train_on_ones_own_pairs_after_that_run(llama: Path, pairs: list[tuple[str, str]], tmp_path: Path) -> None:
+    said, answers, start = tmp_path / "chats.json", tmp_path / "pairs.jsonl", tmp_path / "first"
+    said.write_text(json.dumps(sharegpt(pairs)), encoding="utf-8")
+    others = [answer for _, answer in reversed(pairs)]
+    rows = [{"prompt": q, "chosen": a, "rejected": other} for (q, a), other in zip(pairs, others, strict=True) if a != other]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    asked = {"base": str(llama), "prompt": "What is the answer?"}
+    values = load(edited(tmp_path, source=str(said), prepared=str(tmp_path / "prepared"), run=str(start), **asked))
+    with selected(values) as selection:
+        prepare(values, selection)
+    train(tmp_path / "mine_my_chat_data.yaml", "train.max_steps=2", "previews.max_new_tokens=8")
+
+    run, place = tmp_path / "second", f"data.prepared={tmp_path / 'prepared_pairs'}"
+    recipe = edited(tmp_path, PAIRS, source=str(answers), start=str(start), run=str(run), **asked)
+    looked = run_script("prepare_data.py", recipe, "--inspect", answers)
+    assert looked.returncode == 0, looked.stderr
+    assert f"pairs           {len(rows)}; turns" in looked.stdout
+    made = run_script("prepare_data.py", recipe, place)
+    assert made.returncode == 0, made.stderr
+    train(recipe, place, "optim.learning_rate=1e-3", "train.epochs=4", "previews.max_new_tokens=8")
+    steps = metrics(run)
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-4), "it begins as its reference"
+    assert steps[-1]["loss"] < 0.69
+    assert (run / "final" / "adapter_model.safetensors").is_file()
+    report = evaluate(run)
+    assert report["preferences"]["pairs"] > 0
+    assert report["preferences"]["rewards"] is not None, "of the run and of where it began"
+
+
+def test_the_two_recipes_are_of_one_adapter_and_format() -> None:
+    """So that the second goes on from the first as they stand."""
+    chats, of_pairs = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (RECIPE, PAIRS))
+    assert of_pairs["adapter"].pop("start_from") == chats["output"]["dir"]
+    for section in ("model", "chat", "adapter"):
+        assert of_pairs[section] == chats[section]

@@ -14,11 +14,12 @@ from conftest import OASST1, ROOT, MakeRecipe
 from in_process import script
 from transformers import AutoTokenizer
 
-from qlora_suite import dataset
+from qlora_suite import dataset, preflight_checks
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import Rows, load_manifest, read_conversations
 from qlora_suite.files import write_json
+from qlora_suite.model import load_config
 from qlora_suite.preparation import prepare
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load
@@ -215,8 +216,9 @@ def test_each_half_is_cut_by_itself_and_a_pair_without_both_is_left_out(make_rec
         assert_adds_up(counts)
         c = counts["train"]
         assert (c["pairs"], c["same_answers"], c["dropped_too_long"], c["cut_conversations"]) == (len(kept), same, dropped, len(kept) - 1)
-        assert c["supervised"] + c["cut_tokens"] == before["supervised"], "every token is learnt or counted as cut"
-        assert c["cut_bytes"] > 0
+        everything = c["supervised"] + c["cut_tokens"] + c["dropped_tokens"]
+        assert everything == before["supervised"], "every token is learnt, or counted as cut or as dropped with its pair"
+        assert (c["cut_tokens"] > 0) is (c["cut_bytes"] > 0) is (too_long == "truncate")
         found = dict(halves_of(rows_of(recipe)))
         assert list(found) == [f"a.jsonl:{number}" for number in kept]
         for key, halves in found.items():
@@ -420,7 +422,7 @@ def test_inspection_shows_pairs_and_lines_that_prepare_them(make_recipe: MakeRec
         "the rejected answer; what is compared",
     ):
         assert words in shown
-    pasted = yaml.safe_load(shown.split("lines for the sections data, chat and dpo of a recipe:")[1])
+    pasted = yaml.safe_load(shown.split("in place of the sections data, chat and dpo of a recipe:")[1])
     assert (pasted["data"]["form"], pasted["data"]["packing"], pasted["dpo"]) == ("pairs", False, {"beta": 0.1})
     overrides = [f"data.{key}={json.dumps(value)}" for key, value in pasted["data"].items()]
     recipe = load(make_recipe("data.policy=null", *overrides, f"dpo={json.dumps(pasted['dpo'])}"))
@@ -435,3 +437,39 @@ def test_inspection_of_trees_shows_the_pairs_that_the_recipe_wants(make_recipe: 
     assert pasted["data"]["policy"] == "conciseness_pairs"
     assert pasted["data"]["pairs"] == {"shorter": 0.5}
     assert "pairs           348; turns" in shown
+
+
+def test_whole_pairs_that_are_dropped_are_not_called_cut(make_recipe: MakeRecipe, capsys) -> None:
+    keys = (f"data.source={OASST1}", *TREES, "data.max_length=512", "data.too_long=drop", "evaluation.every_steps=5")
+    recipe = load(make_recipe(*keys))
+    script("prepare_data").run(recipe)
+    shown = capsys.readouterr().out
+    manifest = load_manifest(recipe)
+    counts = manifest["counts"]["train"]
+    dropped, share = counts["dropped_tokens"], counts["dropped_tokens"] / (counts["dropped_tokens"] + counts["supervised"])
+    assert counts["cut_tokens"] == counts["cut_conversations"] == 0
+    rows = {line.rstrip()[:40].strip(): line.split()[-3:] for line in shown.splitlines() if line.count("  ") > 2}
+    assert rows["supervised tokens dropped as too long"] == [f"{dropped:,}", f"{manifest['counts']['dev']['dropped_tokens']:,}", "-"]
+    assert rows["dropped: too long"][2] == "-", "nothing is dropped from the validation split here"
+    assert "the validation split is kept whole; scripts/evaluate.py says what of it does not fit" in shown
+    assert f"{counts['dropped_too_long']} pairs left out as longer than data.max_length: 512, {share:.0%} of what there is" in shown
+    assert " cut" not in shown.replace("is cut by a hash", "")
+
+    found = preflight_checks.data_findings(recipe, manifest, rows_of(recipe), rows_of(recipe, "dev"), load_config(recipe.model))
+    (cut,) = [one for one in found if one.what == "cut"]
+    all_pairs = counts["kept"] + counts["dropped_too_long"]
+    lost = f"{counts['dropped_too_long']} ({counts['dropped_too_long'] / all_pairs:.1%}) are dropped"
+    assert (cut.level, cut.text) == ("look", f"of {all_pairs} pairs at 512 tokens: {lost}")
+
+
+def test_what_is_empty_of_a_pair_is_named(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    said = [{"role": "assistant", "content": " "}]
+    rows = [pair("q", "good", "bad"), pair("q", "", "bad"), pair("q", "good", "  "), pair("", "good", "bad"), pair("q", "good", said)]
+    recipe = load(make_recipe(f"data.source={write_lines(tmp_path / 'a.jsonl', rows)}", *ROWS))
+    with selected(recipe) as selection:
+        assert [(bad.reason, bad.key, bad.value) for bad in selection.bad_rows] == [
+            ("empty", "chosen", '""'),
+            ("empty", "rejected", '"  "'),
+            ("empty", "prompt", '""'),
+            ("empty", "rejected", '" "'),
+        ]

@@ -640,7 +640,7 @@ def test_what_a_run_starts_from_is_looked_at(make_recipe: MakeRecipe, tmp_path: 
     manifest = {"role_markers": {"token_ids": []}}
     found = preflight_checks.caught("start", lambda: preflight_checks.start_finding(recipe, manifest))
     assert found.level == "fail"
-    assert "cannot find the adapter" in found.text
+    assert "adapter.start_from: there is no folder" in found.text
     assert preflight_checks.start_finding(load(make_recipe()), manifest) is None
 
 

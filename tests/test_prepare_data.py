@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ from qlora_suite.recipe import Recipe, curve_keys, names_files
 from qlora_suite.recipe_file import load
 from qlora_suite.rendered import Rendered
 from qlora_suite.selection import SPLITS
+from qlora_suite.train_prompts import read_prompts
 
 ASSET = ROOT / "assets" / "oasst1_en_validation.jsonl.gz"
 
@@ -199,8 +201,9 @@ def test_what_is_cut_and_what_is_kept_is_everything(script: ModuleType, make_rec
     for i, too_long in enumerate(("truncate", "drop")):
         recipe = load(make_recipe("data.max_length=64", f"data.too_long={too_long}", f"data.prepared={tmp_path / str(i)}"))
         cut = prepared(script, recipe)["counts"]["train"]
-        assert cut["supervised"] + cut["cut_tokens"] == whole["supervised"]
-        assert cut["cut_bytes"] > cut["cut_tokens"]
+        assert cut["supervised"] + cut["cut_tokens"] + cut["dropped_tokens"] == whole["supervised"]
+        assert (cut["dropped_tokens"] > 0) is (cut["dropped_too_long"] > 0) is True
+        assert cut["cut_bytes"] > cut["cut_tokens"] > 0
 
 
 def test_max_examples_takes_that_many_and_the_rest_stays_as_it_is(script: ModuleType, make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -733,3 +736,29 @@ def test_trees_are_the_same_with_grpo_and_without(script: ModuleType, make_recip
     path = make_recipe("data.packing=false", "chat.role_markers=text")
     prepared(script, load(path))
     load_manifest(load(path, [GRPO[-1]]))
+
+
+def test_prompts_are_shown_for_grpo_and_nothing_of_answers_that_are_not_read(script: ModuleType, make_recipe: MakeRecipe, capsys) -> None:
+    keys = ("data.packing=false", "data.max_length=96", "grpo={rewards: [{name: no_repetition}], max_new_tokens: 48}")
+    recipe = load(make_recipe(*keys))
+    manifest = prepared(script, recipe)
+    counts, prompts = manifest["counts"], read_prompts(rows_of(recipe), 48)
+    assert counts["train"]["cut_conversations"] > 0.1 * counts["train"]["kept"]
+    assert prompts.num_too_long > 0.05 * len(rows_of(recipe))
+    shown = capsys.readouterr().out
+    assert f"prompts to answer: {prompts} (more than 48 tokens)" in shown
+    assert " of the prompts leave no room in data.max_length: 96, of which an answer may take grpo.max_new_tokens: 48" in shown
+    assert not any(word in shown for word in ("supervised tokens", "to learn", "what is learnt"))
+    (asked,) = re.findall("⟦([^⟧]*)⟧", shown.partition("one prompt; what is asked is in ⟦ ⟧")[2])
+    tokenizer = AutoTokenizer.from_pretrained(Path(recipe.data.prepared) / "tokenizer")
+    assert asked in {tokenizer.decode(prompt) for prompt in (prompts[i] for i in range(len(prompts)))}
+    prepared(script, recipe)
+    assert f"prompts to answer: {prompts}" in capsys.readouterr().out, "shown again where nothing is to do"
+
+
+def test_a_recipe_whose_prompts_leave_no_room_hears_of_it_when_the_data_is_made(
+    script: ModuleType, make_recipe: MakeRecipe, capsys
+) -> None:
+    keys = ("data.packing=false", "data.max_length=96", "grpo={rewards: [{name: no_repetition}], max_new_tokens: 95}")
+    prepared(script, load(make_recipe(*keys)))
+    assert "note: every prompt of " in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """adapter.start_from: a run that goes on with the adapter of another."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,9 @@ def test_a_run_that_is_not_finished_and_a_folder_without_an_adapter_are_refused(
     run = train(recipe, f"output.dir={tmp_path / 'stopped'}", "stop.after_minutes=0.00001")
     with pytest.raises(ValueError, match=r"is not finished and has no final/"):
         start_from.folder_of(str(run))
-    with pytest.raises(ValueError, match=r"neither a folder here nor reachable on the hub|is no adapter that can be read"):
-        start_from.folder_of(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"is no adapter that can be read"):
+        start_from.folder_of(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"has no effect with adapter.start_from"):
         load(recipe, ["adapter.start_from=x", "adapter.init=gaussian"])
 
@@ -189,7 +191,41 @@ def test_a_run_of_another_format_is_refused_and_one_of_another_split_remarked_on
     manifest = {"role_markers": {"token_ids": []}}
     start = f"adapter.start_from={run}"
     assert start_from.check_recipe(load(recipe, [start]), manifest) == ""
-    with pytest.raises(ValueError, match=r"trained with another chat\.format"):
-        start_from.check_recipe(load(recipe, [start, "chat.format=human_assistant"]), manifest)
+    said = r"trained with another chat\.format \(there oasst, here chatml\) and chat\.system_prompt \(there none, here Be brief\.\); give"
+    with pytest.raises(ValueError, match=said):
+        start_from.check_recipe(load(recipe, [start, "chat.format=chatml", "chat.system_prompt=Be brief."]), manifest)
     said = start_from.check_recipe(load(recipe, [start, "data.validation_share=0.5"]), manifest)
     assert "what is held out here may have been learnt there" in said
+
+
+def test_a_mistyped_folder_is_said_to_be_missing_and_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "first").mkdir(parents=True)
+    for name in ("./first", str(tmp_path / "first"), "runs/first", "first", "mine/furst", "a/b/c", "~/first", "../first"):
+        with pytest.raises(ValueError, match=rf"adapter\.start_from: there is no folder {re.escape(name)} \(working folder: "):
+            start_from.folder_of(name)
+    with pytest.raises(ValueError, match=r"did you mean mine/first\?"):
+        start_from.folder_of("mine/furst")
+    for name in ("someone/adapter", "someone/adapter@v2", "someone/adapter@refs/pr/1"):
+        with pytest.raises(ValueError, match="neither a folder here nor reachable on the hub"):
+            start_from.folder_of(name)
+
+
+def test_a_finished_run_is_finished_without_what_it_began_with(first: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    recipe, run = first
+    dir, begun = f"output.dir={tmp_path / 'second'}", f"adapter.start_from={run}"
+    train(recipe, dir, begun)
+    stopped = (f"output.dir={tmp_path / 'third'}", "checkpoints.every_steps=2", "stop.after_minutes=0.00001")
+    train(recipe, *stopped, begun)
+    shutil.rmtree(run)
+    capsys.readouterr()
+    train(recipe, dir, begun)
+    assert "second is finished: 6 steps" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"cannot go on, for these would change its curve:\n  optim\.learning_rate"):
+        train(recipe, dir, begun, "optim.learning_rate=1e-3")
+    with pytest.raises(ValueError, match=r"adapter\.start_from: there is no folder"):
+        train(recipe, stopped[0], begun)
+    assert (tmp_path / "second" / "final" / ADAPTER).is_file()
+    (tmp_path / "second" / "status.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter\.start_from: there is no folder"):
+        train(recipe, dir, begun)

@@ -316,6 +316,9 @@ def _answered(get: _Values, name: str, reading: _Reading) -> tuple[Turn, ...]:
     if prompt is not None and not before:
         before = reading.turns(prompt, "prompt", names, context=True, may_be_text=True)
     after = [Turn("assistant", answer)] if isinstance(answer, str) else reading.turns(answer, name, names, may_be_text=True)
+    for key, value in (("prompt", prompt), (name, after[-1].content if after else "")):
+        if isinstance(value, str) and not value.strip():
+            raise _Bad("empty", key, value)
     if len(after) > 1:
         said, asked = ([(t.role, t.content.strip()) for t in turns] for turns in (after[:-1], before))
         if not any(said[i : i + len(asked)] == asked for i in range(len(said) - len(asked) + 1)):

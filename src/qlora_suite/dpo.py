@@ -29,6 +29,12 @@ log_ratio           nats a token by which both answers have become likelier than
 """
 
 
+def in_short(measured: Mapping[str, float]) -> str:
+    """For a line about a step; nothing where no pairs are learnt."""
+    words = {"accuracy": "accuracy", "margin": "margin", "log_ratio": "log-ratio"}
+    return "".join(f"  {word} {measured[name]:.2f}" for name, word in words.items() if name in measured)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """What a batch has to know of its pairs."""

@@ -18,7 +18,9 @@ LABELS = {
     "refused": "  dropped: the chat format cannot write them",
     "dropped_too_long": "  dropped: too long",
     "same_answers": "  dropped: both answers are the same",
+    "dropped_tokens": "  supervised tokens dropped as too long",
     "kept": "conversations kept",
+    "prompts": "  of them, prompts without an answer",
     "chosen_longer": "  of them, the chosen answer has more words",
     "rejected_outranks": "  of them, people ranked the rejected one higher",
     "open_ends": "  of them, cut before a last unanswered prompt",
@@ -41,8 +43,15 @@ OF_PAIRS = LABELS | {
     "kept": "pairs kept",
 }
 ALWAYS = ("trees", "conversations", "kept", "rows", "tokens", "supervised")
-AS_MESSAGES = ("rows", "tokens", "supervised", "chosen", "rejected")
-"""What the validation split does not have: it is kept as messages, and evaluate.py renders it in each format that it compares."""
+AS_MESSAGES = (
+    *("rows", "tokens", "supervised", "chosen", "rejected"),
+    *("dropped_too_long", "dropped_tokens", "cut_conversations", "cut_tokens"),
+)
+"""What the validation split does not have: it is kept as messages, whole, and evaluate.py renders it in each format that it compares and
+says what does not fit.
+"""
+OF_ANSWERS = ("dropped_tokens", "cut_tokens", "supervised")
+"""Of no meaning where prompts alone are read."""
 
 
 def reading_rows(counts: dict[str, Any]) -> list[tuple[str, int]]:
@@ -52,13 +61,13 @@ def reading_rows(counts: dict[str, Any]) -> list[tuple[str, int]]:
     return [*lines, (f"{counts['unit']} kept", counts["read"] - sum(dropped.values()))]
 
 
-def split_rows(counts: dict[str, Any], packing: bool) -> list[tuple[str, list[str]]]:
-    """A label and its values in the order of SPLITS; lines that are zero throughout are left out."""
+def split_rows(counts: dict[str, Any], packing: bool, prompts: bool = False) -> list[tuple[str, list[str]]]:
+    """A label and its values in the order of SPLITS; lines that are zero throughout are left out. `prompts`: no answer there is learnt."""
     lines = []
     pairs = any(counts[split].get("pairs", 0) for split in SPLITS)
     for key, label in (OF_PAIRS if pairs else LABELS).items():
         values = [counts[split].get(key, 0) for split in SPLITS]  # data of an earlier version has fewer
-        if any(values) or key in ALWAYS:
+        if (any(values) or key in ALWAYS) and not (prompts and key in OF_ANSWERS):
             lines.append((label, [*(f"{v:,}" for v in values[:2]), "-" if key in AS_MESSAGES else f"{values[2]:,}"]))
     if packing:
         lines.append(("padding in packed rows", [*(f"{counts[split].get('padding_share', 0.0):.1%}" for split in ("train", "dev")), "-"]))

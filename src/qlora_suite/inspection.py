@@ -1,19 +1,23 @@
 """What is in a file of data, before anything is prepared: its form, what would be left out, how long things are, what to write."""
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from huggingface_hub import HfApi, try_to_load_from_cache
 
 from qlora_suite import chats, oasst1, sources
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation
 from qlora_suite.model import load_config, load_tokenizer
-from qlora_suite.recipe import PAIR_POLICIES, Chat, Dpo, Form, Recipe, Source
+from qlora_suite.recipe import FIELDS, PAIR_POLICIES, Chat, Data, Dpo, Form, Model, Recipe, Source
+from qlora_suite.recipe_file import from_dict
 from qlora_suite.rendered import Rendered
 from qlora_suite.role_markers import add_role_markers
 from qlora_suite.selection import Progress
@@ -23,6 +27,10 @@ MAX_ROWS = 10_000
 """Of a file of chats or texts; OASST trees are read whole."""
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 HOW_ROWS_ARE_READ = ("form", "fields", "roles", "same_role", "tool_turns", "learn_after", "learn_until", "filters", "pairs")
+OF_CHATS = ("roles", "same_role", "tool_turns")
+OF_TEXTS = ("learn_after", "learn_until")
+OF_TREES = ("filters", "pairs")
+HUB_SECONDS = 3.0
 ENOUGH = 0.05
 """The suggested max_length cuts at most this share of the conversations."""
 
@@ -76,16 +84,77 @@ class Inspection:
         possible = [n for n in LENGTHS if self.context is None or n <= self.context] or [LENGTHS[0]]
         return next((n for n in possible if self.share_cut(n) <= ENOUGH), possible[-1])
 
-    def recipe_lines(self, source: Source) -> str:
-        """What to paste into a recipe."""
-        data = {"source": self.file, "split": "by_hash"} | ({"policy": self.policy} if self.policy else {"form": self.form})
-        values = source.model_dump(mode="json", include=set(HOW_ROWS_ARE_READ) - {"form"}, exclude_defaults=True)
-        sections = {"data": {**data, **values, "max_length": self.max_length}, "chat": {"format": self.chat.format}}
+    def sections(self, recipe: Recipe) -> dict[str, dict[str, Any] | None]:
+        """What takes the place of a recipe's sections, so that it reads the file; None for a section that has to go."""
+        data, chat = recipe.data, self.chat.model_dump(mode="json", exclude_defaults=True)
         if self.of_pairs:
-            sections["data"]["packing"] = False
-            sections["dpo"] = {"beta": Dpo().beta}
-        lines = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=1000)
-        return lines.replace("split: by_hash\n", "split: by_hash        # a fifth is held out for scripts/evaluate.py\n").rstrip()
+            chat.pop("loss_on", None)  # the answers alone are compared
+        ways = {"source": self.file, "split": "by_hash"} | ({"policy": self.policy} if self.policy else {"form": self.form})
+        ways |= _of_form(data.model_dump(mode="json", include=set(HOW_ROWS_ARE_READ) - {"form"}, exclude_defaults=True), self.form)
+        if ways.get("pairs") == {}:  # as without it
+            del ways["pairs"]
+        if data.dev_share != Data.model_fields["dev_share"].default:
+            ways["dev_share"] = data.dev_share
+        ways |= {"prepared": f"prepared/{_name_of(self.file)}", "max_length": self.max_length}
+        if data.too_long != "truncate" and (data.too_long != "split" or self.form == "text"):
+            ways["too_long"] = data.too_long
+        sections: dict[str, dict[str, Any] | None] = {"data": ways, "chat": {"format": self.chat.format, **chat}}
+        prompts = recipe.grpo is not None and not self.of_pairs and self.form != "text"
+        if self.of_pairs or prompts or not data.packing:
+            ways["packing"] = False
+        if prompts:  # prompt and answer share it
+            room = recipe.grpo.max_new_tokens
+            ways["max_length"] = next((n for n in LENGTHS if n >= max(room + 1, self.max_length)), data.max_length)
+        if self.of_pairs:
+            dpo = recipe.dpo or Dpo()
+            sections["dpo"] = {"beta": dpo.beta, **dpo.model_dump(mode="json", exclude_defaults=True)}
+        elif recipe.dpo is not None:
+            sections["dpo"] = None
+        if recipe.grpo is not None and not prompts:
+            sections["grpo"] = None
+        return sections
+
+
+def is_at_hand(model: Model) -> bool:
+    """Can its tokenizer be had, without the half a minute in which the hub's client tries a network that is not there again and again?"""
+    if Path(model.base).is_dir() or isinstance(try_to_load_from_cache(model.base, "config.json", revision=model.revision), str):
+        return True
+    try:
+        HfApi().model_info(model.base, revision=model.revision, timeout=HUB_SECONDS)
+    except Exception:  # of whatever library it goes through: the file is shown all the same
+        return False
+    return True
+
+
+def lines_of(sections: dict[str, dict[str, Any] | None]) -> str:
+    """As they are pasted into a recipe."""
+    lines = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=1000)
+    return lines.replace("split: by_hash\n", "split: by_hash        # a fifth is held out for scripts/evaluate.py\n").rstrip()
+
+
+def complaint_about(sections: dict[str, dict[str, Any] | None], recipe: Recipe) -> str:
+    """What the rest of the recipe does not go with; empty where all of it does."""
+    try:
+        from_dict({**recipe.model_dump(mode="json"), **sections}, "with these lines the recipe")
+    except ValueError as why:
+        return str(why)
+    return ""
+
+
+def _of_form(values: dict[str, Any], form: Form) -> dict[str, Any]:
+    """Without what has no effect on such rows: a recipe says how its own data is read, and the file may be another."""
+    useless = {
+        "oasst": (*OF_CHATS, *OF_TEXTS),
+        "text": (*OF_CHATS, *OF_TREES),
+    }.get(form, (*OF_TEXTS, *OF_TREES))
+    kept = {key: value for key, value in values.items() if key not in useless}
+    fields = {name: key for name, key in kept.pop("fields", {}).items() if name in FIELDS[form]}
+    return {**kept, **({"fields": fields} if fields else {})}
+
+
+def _name_of(file: str) -> str:
+    """`data/my pairs.jsonl.gz` -> my_pairs: names a folder."""
+    return re.sub(r"\W+", "_", Path(file).name.partition(".")[0]).strip("_") or "data"
 
 
 def inspect(recipe: Recipe, file: str, progress: Progress) -> Inspection:
@@ -97,7 +166,8 @@ def inspect(recipe: Recipe, file: str, progress: Progress) -> Inspection:
     source = Source(source=file, split="all").model_copy(update={key: getattr(recipe.data, key) for key in HOW_ROWS_ARE_READ})
     rows = sources.read(file)
     head = list(itertools.islice(rows, chats.LOOK_AT))
-    form = chats.recognise(head, source)
+    prompts = recipe.grpo is not None  # rows without an answer are some then
+    form = chats.recognise(head, source, prompts)
     chat = recipe.chat
     if (form == "text") != (chat.format == "text"):
         chat = Chat(format="text" if form == "text" else "model")
@@ -121,12 +191,12 @@ def inspect(recipe: Recipe, file: str, progress: Progress) -> Inspection:
             found.keys.update(row.values.keys())
             good.append(row)
     found.more = limit is not None and next(rows, None) is not None
-    for conversation in progress(_conversations(good, source, found), "tokenising", None):
+    for conversation in progress(_conversations(good, source, found, prompts), "tokenising", None):
         _look_at(conversation, renderer, found)
     return found
 
 
-def _conversations(rows: Sequence[Row], source: Source, found: Inspection) -> Iterable[Conversation]:
+def _conversations(rows: Sequence[Row], source: Source, found: Inspection, prompts: bool) -> Iterable[Conversation]:
     if found.form == "oasst":
         forest = oasst1.forest(rows)
         for bad in forest.bad_rows:
@@ -136,7 +206,7 @@ def _conversations(rows: Sequence[Row], source: Source, found: Inspection) -> It
         yield from conversations
         return
     for row in rows:
-        conversation = chats.conversation_of(row, found.form, source)
+        conversation = chats.conversation_of(row, found.form, source, prompts)
         if isinstance(conversation, BadRow):
             _leave_out(conversation, found)
         else:

@@ -41,6 +41,7 @@ from qlora_suite.role_markers import RoleMarkers
 from qlora_suite.run_place import check_path, check_run_folder
 from qlora_suite.tracking import read_journal
 from qlora_suite.train_prompts import Prompts
+from qlora_suite.wording import counted
 
 Level = Literal["ok", "look", "fail"]
 ROWS_LOOKED_AT = 500
@@ -176,10 +177,12 @@ def step_finding(recipe: Recipe, where: Place) -> Finding:
     if recipe.grpo is not None:
         answers = grpo.answers_of_a_process(recipe, where.processes)
         each = f", {answers} of them on each of {where.processes}" if where.processes > 1 else ""
-        return Finding("ok", "step", f"{rows} prompts x {recipe.grpo.group_size} answers = {rows * recipe.grpo.group_size}{each}")
+        return Finding(
+            "ok", "step", f"{counted(rows, 'prompt')} x {recipe.grpo.group_size} answers = {rows * recipe.grpo.group_size}{each}"
+        )
     check_division(rows, where.processes, recipe.train.micro_batch)
     each = f" = {rows // where.processes} on each of {where.processes}" if where.processes > 1 else ""
-    return Finding("ok", "step", f"{rows} rows{each}")
+    return Finding("ok", "step", f"{counted(rows, 'row')}{each}")
 
 
 def compiler_finding(where: Place) -> Finding | None:
@@ -357,7 +360,7 @@ def _lengths(recipe: Recipe, rows: Rows, config: PreTrainedConfig, counts: Mappi
     padding = counts["padding_share"]
     one = "one pair" if recipe.dpo else "one conversation"
     how = f"packed, {padding:.1%} padding" if recipe.data.packing else f"{one} a row, neighbours of like length"
-    text = f"{len(rows):,} rows ({how}); the longest have {longest} tokens"
+    text = f"{counted(len(rows), 'row')} ({how}); the longest have {longest} tokens"
     # of a pair's row, the two conversations have positions of their own
     if window and min(int(rows.lengths.max()), recipe.data.max_length) > window:
         return Finding("look", "rows", f"{text}, and the base was made for {window:,}", f"data.max_length={window}, and prepare again")
@@ -367,11 +370,13 @@ def _lengths(recipe: Recipe, rows: Rows, config: PreTrainedConfig, counts: Mappi
 
 
 def _cut(recipe: Recipe, counts: Mapping[str, Any]) -> Finding:
-    whole = counts["kept"] + counts["dropped_too_long"]
-    lost = counts["cut_conversations"] + counts["dropped_too_long"]
-    text = f"{lost:,} of {whole:,} conversations are longer than {recipe.data.max_length:,} tokens ({lost / max(1, whole):.1%})"
-    if lost > MANY_CUT * whole:
-        return Finding("look", "cut", f"{text}, and lose what is behind", "raise data.max_length, if base and card allow it")
+    cut, dropped, unit = counts["cut_conversations"], counts["dropped_too_long"], "pairs" if recipe.dpo else "conversations"
+    whole = counts["kept"] + dropped
+    fates = {"cut, and lose what is behind": cut, "dropped": dropped}
+    lost = ", ".join(f"{count:,} ({count / whole:.1%}) are {fate}" for fate, count in fates.items() if count)
+    text = f"of {whole:,} {unit} at {recipe.data.max_length:,} tokens: {lost or 'all are whole'}"
+    if cut + dropped > MANY_CUT * whole:
+        return Finding("look", "cut", text, "raise data.max_length, if base and card allow it")
     return Finding("ok", "cut", text)
 
 
@@ -380,8 +385,8 @@ def _dev(recipe: Recipe, dev: Rows) -> Finding:
     every = recipe.evaluation.every_steps
     if every is None:
         return Finding("ok", "development", "not evaluated while training: the last step is the result")
-    rows = "1 row" if len(dev) == 1 else f"{len(dev):,} rows"
-    return Finding("ok", "development", f"{rows}, every {every} steps: the best checkpoint is the result")
+    often = "every step" if every == 1 else f"every {every:,} steps"
+    return Finding("ok", "development", f"{counted(len(dev), 'row')}, {often}: the best checkpoint is the result")
 
 
 def prompts_finding(recipe: Recipe, prompts: Prompts, config: PreTrainedConfig) -> Finding:
@@ -496,7 +501,7 @@ def tokens_of_run(order: Order) -> int:
 def time_finding(order: Order, rate: Rate | None, where: Place, card: Card | None) -> tuple[float | None, Finding]:
     """(seconds of the training steps, or None; the finding)"""
     tokens = tokens_of_run(order)
-    what = f"{order.num_steps:,} steps x {tokens / order.num_steps:,.0f} tokens = {tokens:,}"
+    what = f"{counted(order.num_steps, 'step')} x {tokens / order.num_steps:,.0f} tokens = {tokens:,}"
     if rate is None:
         on = "for this hardware" if where.cpu or card is None else f"for such a model on a {card.name}"
         return None, Finding("look", "time", f"{what}; no rate is known {on}", "--rate RUN takes that of an earlier run; 20 steps make one")
@@ -518,7 +523,7 @@ def sampled_time_finding(
     config, steps = recipe.grpo, order.num_steps
     answers = min(order.num_positions, steps * order.rows_per_step) * config.group_size
     of_prompt = tokens_of_run(order) * config.group_size / answers
-    what = f"{steps:,} steps x {answers / steps:,.0f} answers"
+    what = f"{counted(steps, 'step')} x {answers / steps:,.0f} answers"
     if rate is None:
         on = "for this hardware" if where.cpu or card is None else f"for such a model on a {card.name}"
         text = f"{what} of up to {of_prompt + config.max_new_tokens:,.0f} tokens with their prompts; no rate is known {on}"

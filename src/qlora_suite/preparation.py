@@ -135,10 +135,13 @@ def written(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow]
 
 
 def counted(results: Iterable[Tokenised], counts: Counts, bad_rows: list[BadRow], strict: bool) -> Iterator[Tokenised]:
-    """Those that are kept; every token that is cut is counted."""
+    """Those that are kept; every token that is cut, or dropped with its conversation, is counted."""
     for one in written(results, counts, bad_rows, strict):
-        counts.cut_tokens += one.cut_tokens
-        counts.cut_bytes += one.cut_bytes
+        if one.pieces:
+            counts.cut_tokens += one.cut_tokens
+            counts.cut_bytes += one.cut_bytes
+        else:
+            counts.dropped_tokens += one.cut_tokens
         counts.cut_conversations += one.cut
         counts.nothing_new += one.nothing_learnt
         counts.same_answers += one.same_answers

@@ -58,10 +58,13 @@ class Filters(Section):
     languages: tuple[str, ...] | None = None
     """Keep these `lang` codes only."""
     drop_deleted: bool = True
+    """Drop messages that were deleted."""
     drop_synthetic: bool = True
+    """Drop messages that a model wrote."""
     drop_failed_review: bool = True
     """Drop messages whose `review_result` is false (null stays)."""
     min_chars: Positive = 1
+    """Of a message's text."""
     max_chars: Positive | None = None
 
 
@@ -109,6 +112,7 @@ class Replies(Section):
     """Which replies are learnt, by their number of words (what white space separates)."""
 
     min_words: Positive = 1
+    """As max_words, at the other end."""
     max_words: Positive | None = None
     """Replies outside of the two are context and are not learnt; a conversation in which none is left is dropped, and so is a pair with
     one of its answers outside."""
@@ -161,6 +165,7 @@ class Source(Section):
     pairs: Pairs | None = None
     """With the policies preference_pairs and conciseness_pairs: which pairs (null: as the defaults say)."""
     replies: Replies = Replies()
+    """By length: which replies are learnt, and how often their conversations are taken."""
     max_examples: Positive | None = None
     """Take the first N conversations of the train split (in the order of their groups' hashes)."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -273,13 +278,17 @@ class Chat(Section):
 
 class Adapter(Section):
     rank: Annotated[int, Field(gt=0, le=2**16)] = 16
+    """Of lora_A and lora_B: how much can be learnt, and how large the adapter is."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """The update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank))."""
     dropout: Fraction = 0.0
+    """Share of each LoRA input that is left out while training, at random."""
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the linear modules to adapt. Every name must match in every layer that has such a module."""
     rslora: bool = False
+    """Scale by the root of the rank, for large ranks (Kalajdzievski, 2023)."""
     dora: bool = False
+    """Learn the length of each weight row apart from its direction (Liu et al., 2024)."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     """Uniform noise on the input embeddings while training, of size alpha / sqrt(length x width) (Jain et al., 2023)."""
     init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = "default"
@@ -295,14 +304,19 @@ class Optim(Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """torch's AdamW, or bitsandbytes' with 8-bit and/or paged states."""
     learning_rate: Annotated[float, Field(gt=0)]
+    """The highest, after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the rate falls after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the rate rises from 0 in a line."""
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Where linear and cosine end, as a share of learning_rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's, times the rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """The gradient of a step is scaled down to this norm."""
     spike_ratio: Annotated[float, Field(gt=1)] = 10.0
     """A gradient norm above so many times the median of the last 200 is a spike: noted, with a black box."""
     on_spike: Literal["clip", "skip"] = "clip"
@@ -319,6 +333,7 @@ class Train(Section):
     rows_per_step: Positive
     """Rows in one optimiser step, over all processes. Accumulation follows: rows_per_step / (micro_batch x processes)."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Times that the data is gone through; 0.5 is half of it."""
     max_steps: Positive | None = None
     """Stop the schedule here if the epochs would take longer."""
     micro_batch: Positive | Literal["auto"] = free("auto")
@@ -465,6 +480,7 @@ class Previews(Section):
 class Checkpoints(Section):
     every_steps: Positive | None = free(None)
     every_minutes: Annotated[float, Field(gt=0)] | None = free(10.0)
+    """Save this often. The last step is saved in any case."""
     keep: Annotated[int, Field(ge=2)] = free(2)
     """How many of the newest stay; the best on the development split stays as well."""
 
@@ -476,10 +492,12 @@ class Tracking(Section):
     trackers: tuple[Tracker, ...] = free(())
     """Beside metrics.jsonl, which is always written. Each needs its own package."""
     project: str = free("qlora-suite")
+    """The name that the trackers show."""
 
 
 class Output(Section):
     dir: str
+    """The run's folder: checkpoints, result, reports."""
     mirror: str | None = free(None)
     """Copy every verified checkpoint here too (a mounted drive)."""
     final_dtype: Literal["float32", "float16", "bfloat16"] | None = free(None)

@@ -20,7 +20,7 @@ from qlora_suite.recipe import Recipe, curve_keys, names_files
 
 DATA = "data (hash of rows and tokenizer)"
 BASE = "base (commit, or hash of its files)"
-START = "adapter.start_from (hash of its weights)"
+START = start_from.START
 
 
 def prepared_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -36,8 +36,10 @@ def identity(recipe: Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
     keys = {key: value for key, value in curve_keys(recipe).items() if not names_files(key)}
     everything = {**keys, DATA: data_hash(manifest), BASE: base_fingerprint(recipe.model)}
     if recipe.adapter != "none" and recipe.adapter.start_from is not None:
-        start_from.check_base(recipe.adapter.start_from, everything[BASE])
-        everything[START] = start_from.fingerprint(recipe.adapter.start_from)
+        noted = start_from.noted_by_finished_run(recipe)
+        if noted is None:
+            start_from.check_base(recipe.adapter.start_from, everything[BASE])
+        everything[START] = noted or start_from.fingerprint(recipe.adapter.start_from)
     return json.loads(json.dumps(everything))  # tuples as lists, as they come back from a file
 
 

@@ -37,6 +37,7 @@ from qlora_suite.run_place import check_mirror, check_path, check_run_folder
 from qlora_suite.saves import Saves
 from qlora_suite.tracking import Journal, Status, say, start_trackers, sync_command
 from qlora_suite.watchdog import explain_lost_peers
+from qlora_suite.wording import counted
 
 ON_REQUEST = "on a request to stop"
 SEEN_WITHIN_SECONDS = 60.0
@@ -250,7 +251,7 @@ class Run:
                 if begins := begins_with(self.recipe):
                     say(f"begins     {begins}")
                 data, step, at_once = _units(self.recipe, manifest, order)
-                say(f"data       {data}; {order.num_steps} steps")
+                say(f"data       {data}; {counted(order.num_steps, 'step')}")
                 say(
                     f"step       {step} on {where}, up to {limit.rows} {at_once} or {limit.tokens:,} tokens at once; "
                     f"{precision} on {hardware(self.accelerator.device)['device']}, checkpointing {micro_batch.in_words(checkpointing)}"
@@ -555,10 +556,12 @@ def begins_with(recipe: Recipe) -> str:
 def _units(recipe: Recipe, manifest: Mapping[str, Any], order: Order) -> tuple[str, str, str]:
     """For the console: what there is to learn from, what a step is, and what a micro-batch is of."""
     if recipe.grpo is not None:
-        return f"{order.num_rows:,} prompts", f"{recipe.train.rows_per_step} prompts x {recipe.grpo.group_size} answers", "answers"
-    unit = "pairs" if recipe.dpo else "rows"
+        prompts = counted(recipe.train.rows_per_step, "prompt")
+        return counted(order.num_rows, "prompt"), f"{prompts} x {recipe.grpo.group_size} answers", "answers"
+    unit = "pair" if recipe.dpo else "row"
     learnt = manifest["counts"]["train"]["supervised"]
-    return f"{order.num_rows:,} {unit}, {learnt:,} supervised tokens", f"{recipe.train.rows_per_step} {unit}", unit
+    data = f"{counted(order.num_rows, unit)}, {learnt:,} supervised tokens"
+    return data, counted(recipe.train.rows_per_step, unit), f"{unit}s"
 
 
 def _scalars(recipe: Recipe) -> dict[str, Any]:

@@ -88,6 +88,8 @@ class Counts:
     """Conversations, and pairs of which one half, of whose learnt part nothing fits, or not enough for `data.too_long`."""
     same_answers: int = 0
     """Pairs whose two answers are the same, as they are or in what fits of them, dropped."""
+    dropped_tokens: int = 0
+    """Supervised tokens of what is dropped because it does not fit: of the last two."""
     kept: int = 0
     prompts: int = 0
     """Of them, without an answer to the last question: GRPO asks them."""
@@ -106,7 +108,7 @@ class Counts:
     """Of them, those of the pairs' chosen answers and of the rejected ones."""
     cut_conversations: int = 0
     cut_tokens: int = 0
-    """Supervised tokens beyond max_length."""
+    """Supervised tokens of what is kept, beyond max_length."""
     cut_bytes: int = 0
     system_moved: int = 0
     rewritten: int = 0

@@ -5,6 +5,7 @@
 It goes on as the run's own adapter: what is saved is one adapter on the same base. Its optimiser starts afresh.
 """
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 
 from qlora_suite import adapter_config, checkpoint
-from qlora_suite.adapter import adapter_folder
+from qlora_suite.adapter import adapter_folder, split_revision
 from qlora_suite.files import hash_of, read_json, sha256
 from qlora_suite.prequantized import source_of
 from qlora_suite.recipe import Model, Recipe
 from qlora_suite.recipe_file import load as load_recipe
 
 RUN = "run.json"
+START = "adapter.start_from (hash of its weights)"
+"""Its name in a run's identity."""
 KEYS = {
     "r": "adapter.rank",
     "lora_alpha": "adapter.alpha",
@@ -39,7 +42,32 @@ def folder_of(adapter: str) -> Path:
         if not (run / "final").is_dir():
             raise ValueError(f"adapter.start_from: the run in {run} is not finished and has no final/; train on, or name a checkpoint")
         return adapter_folder(str(run / "final"))
+    if is_missing(adapter):
+        near = difflib.get_close_matches(run.name, [other.name for other in run.parent.glob("*") if other.is_dir()], n=1)
+        hint = f"; did you mean {run.parent / near[0]}?" if near else ""
+        raise ValueError(f"adapter.start_from: there is no folder {adapter} (working folder: {Path.cwd()}){hint}")
     return adapter_folder(adapter)
+
+
+def is_missing(adapter: str) -> bool:
+    """Does it name a folder, and there is none? What has one slash, and nothing of its name here, may be a hub id."""
+    name, _ = split_revision(adapter)
+    if Path(adapter).is_dir():
+        return False
+    return name.count("/") != 1 or name.startswith(("/", "~", ".", "runs/")) or Path(name).parent.is_dir()
+
+
+def noted_by_finished_run(recipe: Recipe) -> str | None:
+    """The fingerprint of a start that is gone, from the finished run that began with it: nothing more is asked of that."""
+    status = Path(recipe.output.dir) / "status.json"
+    if not is_missing(recipe.adapter.start_from) or not status.is_file():
+        return None
+    try:
+        found = read_json(status)
+        noted = found["identity"][START] if found["state"] == "finished" else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return noted if isinstance(noted, str) else None
 
 
 def fingerprint(adapter: str) -> str:
@@ -95,12 +123,17 @@ def check_recipe(recipe: Recipe, manifest: Mapping[str, Any]) -> str:
                 "answers first and name that run in adapter.start_from, or set chat.role_markers: text"
             )
         return ""
+    if noted_by_finished_run(recipe) is not None:
+        return ""
     fingerprint(start)
     if not (Path(start) / "recipe.yaml").is_file():
         return _remark_on_base(start, recipe.model)
     before = load_recipe(Path(start) / "recipe.yaml")
-    if changed := [key for key in ("format", "role_markers", "system_prompt") if getattr(before.chat, key) != getattr(recipe.chat, key)]:
-        raise ValueError(f"adapter.start_from: the run in {start} was trained with another chat.{changed[0]}; give the recipe what it has")
+    asked = [(f"chat.{key}", getattr(before.chat, key), getattr(recipe.chat, key)) for key in ("format", "role_markers", "system_prompt")]
+    if changed := [f"{key} (there {_words(theirs)}, here {_words(ours)})" for key, theirs, ours in asked if theirs != ours]:
+        raise ValueError(
+            f"adapter.start_from: the run in {start} was trained with another {' and '.join(changed)}; give the recipe what it has"
+        )
     held_out = [([(one.source, one.split, one.validation_share) for one in r.data.each], r.data.dev_share) for r in (before, recipe)]
     if held_out[0] == held_out[1]:
         return ""
