@@ -335,7 +335,7 @@ def serving_lines(result: Result) -> list[tuple[str, str]]:
     adapter = recipe.adapter if result.form == "adapter" else None
     served = Served(
         name=result.name,
-        window=recipe.data.max_length,
+        window=result.subject.asked_within,
         merged=None if adapter else result.repo,
         dtype="auto",
         base=origin.id if origin else None,
