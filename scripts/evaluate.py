@@ -72,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS}; {NUM_ANSWERS_OF_GRPO} of a run of GRPO)",
     )
-    made.add_argument("--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS}; of GRPO as in training)")
+    made.add_argument(
+        "--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS}; of GRPO as in training)"
+    )
     made.add_argument("--lm-eval", metavar="TASK,TASK", help="benchmarks of the lm-evaluation-harness, for base and adapter")
     made.add_argument("--lm-eval-tasks-folder", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
     made.add_argument("--lm-eval-limit", type=int, metavar="N", help="examples of each task (all)")
@@ -100,7 +102,7 @@ from torch import nn
 
 from qlora_suite import dataset
 from qlora_suite.adapter import adapter_commit, adapter_folder, load_adapter
-from qlora_suite.answer_rewards import judge_answers, judges_at_hand, summary
+from qlora_suite.answer_rewards import judge_answers, judges_at_hand, summary, told
 from qlora_suite.assistant import load as load_assistant
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
@@ -430,7 +432,7 @@ def rewarded(subject: Subject, asked: dict[str, Any], texts: Sequence[str], bega
     judges, left_out = judges_at_hand(rewards, identity)
     judge_answers({name: column["answers"] for name, column in asked["columns"].items()}, texts, judges, left_out)
     began = began if began in (None, "start") else "base"  # it answers as it was trained on
-    return {"in_words": in_words(rewards), **summary(asked, judges, left_out, began, samples)}
+    return {"in_words": told(rewards), **summary(asked, judges, left_out, began, samples)}
 
 
 def label_of(name: str, subject: Subject) -> str:

@@ -96,7 +96,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_a_way_that_works(chain: dict[
     (named,) = [word for word in str(refused.value).replace(",", "").split() if word.startswith("data.max_length=")]
     wider = load(subject_of(chain["grpo"], [named]), torch.device("cpu"), torch.float32)
     assert room_for(wider, ids, 200) > 0
-    with pytest.raises(ValueError, match="shorten the prompt$"):  # the base takes 512
+    with pytest.raises(ValueError, match=r"shorten the prompt$"):  # the base takes 512
         room_for(wider, ids * 3, 200)
 
 

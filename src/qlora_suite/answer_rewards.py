@@ -9,6 +9,7 @@ Training samples its answers; these are greedy, to prompts that it has not seen.
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qlora_suite import rewards
@@ -18,6 +19,18 @@ from qlora_suite.recipe import Reward
 from qlora_suite.rewards import Judge
 
 Judges = dict[str, tuple[float, Judge]]
+
+
+def told(wanted: Sequence[Reward]) -> str:
+    """The rewards in words that may be published: of a function of one's own its name and its file's, without the folder."""
+    found = []
+    for reward in wanted:
+        keys = {key: getattr(reward, key) for key in ("words", "min_words", "pattern") if getattr(reward, key) is not None}
+        given = f" ({', '.join(f'{key}: {value}' for key, value in keys.items())})" if keys else ""
+        file, _, function = (reward.path or "").rpartition(":")
+        what = f"{reward.name}{given}" if reward.name else f"{function} (a function of its maker's own, in {Path(file).name})"
+        found.append(what if reward.weight == 1 else f"{reward.weight:g} x {what}")
+    return " + ".join(found)
 
 
 def judges_at_hand(wanted: Sequence[Reward], identity: Mapping[str, Any]) -> tuple[Judges, list[str]]:

@@ -99,6 +99,8 @@ def read_run(folder: Path) -> EvaluatedRun:
         raise ValueError(f"{folder} has no report.json; make it first: python scripts/evaluate.py {folder}")
     report = read_json(folder / "report.json")
     check_version(folder / "report.json", report, REPORT_VERSION)
+    if not report.get("adapter") and report.get("tuning"):
+        raise ValueError(f"{folder} was scored on prompts alone: none of its held-out conversations has an answer, so there is no score")
     if not report.get("adapter"):
         raise ValueError(f"{folder}/report.json has no score of the run's own result; make it again: python scripts/evaluate.py {folder}")
     recipe, run = load(folder / "recipe.yaml"), read_json(folder / "run.json")
@@ -160,9 +162,32 @@ def comparison_of(folders: Sequence[Path], samples: int = 2000) -> list[Compared
     for run in map(read_run, folders):
         sets.setdefault(scored_on(run), []).append(run)
     if all(len(runs) == 1 for runs in sets.values()):
-        told = "; ".join(f"{runs[0].folder}: {_data(runs[0])}" for runs in sets.values())
-        raise ValueError(f"no two of these runs were scored on the same answers, so their scores cannot be compared ({told})")
+        raise ValueError(_why_not([runs[0] for runs in sets.values()]))
     return [_compared(runs, samples) for runs in sets.values()]
+
+
+def _why_not(runs: Sequence[EvaluatedRun]) -> str:
+    """What differs of what they were scored on, and what can be done."""
+    first, *others = runs
+    parts = {
+        "data": [run.report["data"]["name"] for run in runs],
+        "window (data.max_length)": [f"{run.report['window']:,} tokens" for run in runs],
+        "held-out data": [run.report["data"]["validation_sha256"][:10] for run in runs],
+        "answers that fit": [f"{run.report['data']['answers']:,} of {run.report['data']['trees']} trees" for run in runs],
+    }
+    differing = [f"{name}: {' | '.join(values)}" for name, values in parts.items() if len(set(values)) > 1]
+    began = [
+        f"{run.name} began with {start}: its own report compares the two"
+        for run in runs
+        if (start := run.settings.get("adapter.start_from", "null")) != "null" and run.report.get("difference_from_start")
+    ]
+    other = next((run for run in others if (run.folder / "final" / "adapter_config.json").is_file()), None)
+    score = (
+        f"to score a run on another one's data: python scripts/evaluate.py {first.name}/recipe.yaml --adapter {other and other.name}/final"
+    )
+    told = "; ".join([*(differing or ["which answers of the same data fit"]), *began, *([score] if other else [])])
+    names = ", ".join(run.name for run in runs)
+    return f"no two of these runs were scored on the same answers, so their scores cannot be compared ({names}). What differs: {told}"
 
 
 def _data(run: EvaluatedRun) -> str:

@@ -219,6 +219,7 @@ class Run:
                 self._about = {
                     "recipe": self.recipe.model_dump(mode="json"),
                     "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
+                    "num_rows": order.num_rows,
                     "parameters": vars(sizes),
                     "base": self.status.identity.get(BASE),
                     "servable_as": servable,

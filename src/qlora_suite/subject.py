@@ -121,8 +121,10 @@ def _stages_before(subject: Subject) -> list[Stage]:
 
 
 def _file_name(place: str) -> str:
-    """The last part of a path or hub id, fit for a file's name."""
-    last = Path(place).resolve().name if os.path.exists(place) else place.rpartition("/")[2]  # Path.exists() raises for a long name
+    """The last part of a path or hub id, fit for a file's name; of a run's result, the run's."""
+    path = Path(place).resolve() if os.path.exists(place) else None  # Path.exists() raises for a long name
+    path = path.parent if path and path.name == "final" and (path.parent / "recipe.yaml").is_file() else path
+    last = path.name if path else place.rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "other"
     return name if len(name) <= LONGEST_REPORT_NAME else f"{name[: LONGEST_REPORT_NAME - 9]}-{hash_of(last)[:8]}"
 
