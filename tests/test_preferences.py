@@ -87,7 +87,8 @@ def test_three_are_compared_and_what_became_of_the_start_is_said(report: dict[st
     assert after["bits_per_byte"] != report["difference"]["bits_per_byte"]
     assert report["start"] == {"format": "oasst", **cells["start"]}
     text = (run / "report.md").read_text()
-    assert f"After the preference tuning: {after['bits_per_byte']:+.4f} bits per byte (95 % interval " in text
+    assert f"After DPO: {after['bits_per_byte']:+.4f} bits per byte (95 % interval " in text
+    assert "the preference tuning" not in text
     assert "| base, fp32 | adapter at the start | adapter |" in text
     assert list(report["answers"]["columns"]) == ["base", "start", "adapter"]
     assert "| words, mean | " in text
@@ -184,8 +185,8 @@ def test_two_processes_report_what_one_reports(report: dict[str, Any], folder: P
     assert of_two["rewards"]["accuracy"] == ours["rewards"]["accuracy"]
     assert_close(theirs["formats"]["oasst"]["start"], report["formats"]["oasst"]["start"], rel=1e-6)
     assert theirs["answers"] == report["answers"]
-    assert done.stdout.count("After the preference tuning: ") == 1
-    assert len(re.findall(r"the chosen answer's reward is the higher one", " ".join(done.stdout.split()))) == 1
+    assert done.stdout.count("After DPO: ") == 1
+    assert len(re.findall(r"the chosen answer's reward, against the adapter at the start, is", " ".join(done.stdout.split()))) == 1
 
 
 @pytest.mark.parametrize(("name", "why"), [("gone", "is not at hand"), ("changed", "is another adapter now")])
@@ -347,7 +348,7 @@ def test_the_limit_in_words_is_the_one_that_was_rewarded(recipe: Path) -> None:
     assert concise_words(values) == CONCISE_WORDS == 100
     rewards = [SimpleNamespace(name="no_repetition", words=None), SimpleNamespace(name="within_words", words=60)]
     assert concise_words(SimpleNamespace(grpo=SimpleNamespace(rewards=rewards))) == 60
-    assert concise_words(SimpleNamespace(grpo=SimpleNamespace(rewards=rewards[:1]))) == 100
+    assert concise_words(SimpleNamespace(grpo=SimpleNamespace(rewards=rewards[:1]))) is None, "nobody asked for a length"
 
 
 def test_runs_of_pairs_are_put_side_by_side_with_their_reward_accuracy(run: Path, report: dict[str, Any], folder: Path) -> None:
@@ -398,10 +399,11 @@ def opened(page: Page, run: Path, report: dict[str, Any]) -> Page:
 
 def test_the_page_shows_pairs_and_three_models(opened: Page, report: dict[str, Any]) -> None:
     assert "Which of two answers" in opened.locator("h2").all_inner_texts()
-    assert opened.locator(".numbers .big").all_inner_texts() == [
-        f"{report[name]['bits_per_byte']:.4f}" for name in ("base", "start", "adapter")
-    ]
-    assert opened.locator(".hero .sentence").inner_text().count("95 % interval") == 2
+    aim = f"{report['preferences']['rewards']['accuracy']:.1%}"
+    bits = [f"{report[name]['bits_per_byte']:.4f}" for name in ("base", "start", "adapter")]
+    assert opened.locator(".numbers .big").all_inner_texts() == [aim, *bits]
+    assert opened.locator(".hero .unit").all_inner_texts()[0].startswith("DPO · reward accuracy on ")
+    assert opened.locator(".hero .sentence").inner_text().count("95 % interval") == 3
     assert f"{report['preferences']['rewards']['accuracy']:.1%}" in opened.locator("#pairs + .under").inner_text()
     assert opened.locator(".prompt").first.locator(".answer").count() == 3
     assert opened.get_by_role("img", name="pairs by their margin").count() == 1

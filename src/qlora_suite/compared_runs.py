@@ -182,10 +182,9 @@ def _why_not(runs: Sequence[EvaluatedRun]) -> str:
         if (start := run.settings.get("adapter.start_from", "null")) != "null" and run.report.get("difference_from_start")
     ]
     other = next((run for run in others if (run.folder / "final" / "adapter_config.json").is_file()), None)
-    score = (
-        f"to score a run on another one's data: python scripts/evaluate.py {first.name}/recipe.yaml --adapter {other and other.name}/final"
-    )
-    told = "; ".join([*(differing or ["which answers of the same data fit"]), *began, *([score] if other else [])])
+    score = f"python scripts/evaluate.py {first.name}/recipe.yaml --adapter {other.name}/final" if other else ""
+    ways = [*began, *([f"to score a run on another one's data: {score}"] if score else [])]
+    told = "; ".join([*(differing or ["which answers of the same data fit"]), *ways])
     names = ", ".join(run.name for run in runs)
     return f"no two of these runs were scored on the same answers, so their scores cannot be compared ({names}). What differs: {told}"
 
@@ -287,9 +286,11 @@ def _row(entry: Entry, against: Mapping[str, Any] | None) -> dict[str, str]:
     asked = [run.report["answers"]["columns"]["adapter"] for run in entry.runs if run.report.get("answers")]
 
     def share(key: str) -> str:
-        return f"{statistics.fmean(column[key] for column in asked):.0%}" if asked else ""
+        counted = [column[key] for column in asked if column[key] is not None]
+        return f"{statistics.fmean(counted):.0%}" if counted else ""
 
-    limits = {run.report["answers"].get("concise_words", CONCISE_WORDS) for run in entry.runs if run.report.get("answers")}
+    limits = {run.report["answers"].get("concise_words", CONCISE_WORDS) for run in entry.runs if run.report.get("answers")} - {None}
+    worth = [r["columns"]["adapter"]["mean"] for run in entry.runs if (r := run.report.get("rewards")) and "adapter" in r["columns"]]
     rewards = [p["rewards"]["accuracy"] for run in entry.runs if (p := run.report.get("preferences")) and p["rewards"]]
     interval = against and against["interval_95"]
     return {
@@ -303,6 +304,7 @@ def _row(entry: Entry, against: Mapping[str, Any] | None) -> dict[str, str]:
         "perplexity": f"{statistics.fmean(run.report['adapter']['perplexity'] for run in entry.runs):.2f}",
         "answers ended": share("stopped"),
         "ended within the limit": f"{share('concise')} ({', '.join(map(str, sorted(limits)))} words)" if limits else "",
+        "mean reward": f"{statistics.fmean(worth):.4f}" if worth else "",
         "reward accuracy": f"{statistics.fmean(rewards):.1%}" if rewards else "",
         "tokens per second": _rate(entry),
         "trained parameters": f"{entry.runs[0].run['parameters']['trainable']:,}",

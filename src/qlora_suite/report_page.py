@@ -124,7 +124,7 @@ def report_page(
         heroes=heroes(report),
         left_out=left_out_lines(report),
         facts=facts(report),
-        scale=_scale(report),
+        scales=[scale for scale in (_aim_scale(report), _scale(report)) if scale],
         formats=_formats(report),
         tiles=_tiles(report),
         curves=curves(journals.get("metrics", []), journals.get("previews", [])),
@@ -222,7 +222,10 @@ def rewards(report: Mapping[str, Any]) -> dict[str, Any] | None:
     rows, names = reward_rows(report), list(r["columns"])
     shown = {
         "labels": [one["label"] for one in r["columns"].values()],
-        "rows": [(name, "" if weight is None else f"{weight:g}", [f"{value:.4f}" for value in values]) for name, values, weight in rows],
+        "rows": [
+            (name if weight in (None, 1) else f"{weight:g} × {name}, before its weight", [f"{value:.4f}" for value in values])
+            for name, values, weight in rows
+        ],
         "facts": reward_facts(report),
         "strips": None,
     }
@@ -232,6 +235,23 @@ def rewards(report: Mapping[str, Any]) -> dict[str, Any] | None:
         strips = [(r["columns"][n]["label"], [answers[n][place]["reward"] for place in places], _COLOURS.get(n, n)) for n in names]
         shown["strips"] = charts.strips(strips, "reward of each answer", "reward")
     return shown
+
+
+def _aim_scale(report: Mapping[str, Any]) -> Markup | None:
+    """Of what preference tuning aimed at: reward accuracy against chance, or the differences of the mean reward against none."""
+    if (p := report["preferences"]) and (r := p["rewards"]) and r["interval_95"]:
+        low, high = (100 * edge for edge in r["interval_95"])
+        row = Interval("reward accuracy", 100 * r["accuracy"], low, high, colour=_colour(r["verdict"]))
+        return charts.intervals([row], "reward accuracy and its 95 % interval, against chance", "% of the pairs", mark=50.0)
+    if r := report.get("rewards"):
+        to_start = r["difference_from_start"] if r["began"] == "start" else None
+        sides = (("against the base", r["difference"]), ("against the start", to_start))
+        found = [
+            Interval(name, d["reward"], *d["interval_95"], colour=_colour(d["verdict"])) for name, d in sides if d and d["interval_95"]
+        ]
+        label = "the difference of the mean reward and its 95 % interval, against zero"
+        return charts.intervals(found, label, "mean reward, adapter − other", mark=0.0) if found else None
+    return None
 
 
 def _scale(report: Mapping[str, Any]) -> Markup | None:
