@@ -125,7 +125,6 @@ from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.report import benchmark_lines, cut_line, findings, left_out_lines, markdown, result_table
 from qlora_suite.report_page import journals_of, report_page
-from qlora_suite.rewards import in_words
 from qlora_suite.run_facts import hardware
 from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, concise_words, read_answers
 from qlora_suite.stages import method_of
@@ -427,7 +426,7 @@ def kept_files(subject: Subject, start: str | None, kind: str, dtype: torch.dtyp
 def rewarded(subject: Subject, asked: dict[str, Any], texts: Sequence[str], began: str | None, samples: int) -> dict[str, Any]:
     """What the answers are worth, by the recipe's rewards; writes it beside each of them, too."""
     rewards = subject.recipe.grpo.rewards
-    say(f"rewards    {in_words(rewards)}")
+    say(f"rewards    {told(rewards)}")
     identity = {} if subject.report != "report" else read_json(subject.folder / "status.json").get("identity") or {}
     judges, left_out = judges_at_hand(rewards, identity)
     judge_answers({name: column["answers"] for name, column in asked["columns"].items()}, texts, judges, left_out)

@@ -39,19 +39,16 @@ def judges_at_hand(wanted: Sequence[Reward], identity: Mapping[str, Any]) -> tup
     `identity` is the run's own, from status.json, which knows the hash of each file.
     """
     kept, left_out = [], []
-    hashes = {**identity}
     for number, reward in enumerate(wanted):
         try:
-            rewards.judge_of(reward)
-            (now,) = rewards.fingerprints([reward]).values() or (None,)
+            now = next(iter(rewards.fingerprints([reward]).values()), None)
+            before = next((value for key, value in identity.items() if key.startswith(f"grpo.rewards.{number}.path (")), now)
+            if now != before:
+                raise ValueError(f"grpo.rewards: {reward.path} is not what it was in training: its file has changed since")
+            rewards.judge_of(reward)  # which runs the file
+            kept.append(reward)
         except ValueError as why:
             left_out.append(str(why))
-            continue
-        before = next((value for key, value in hashes.items() if key.startswith(f"grpo.rewards.{number}.path (")), now)
-        if now == before:
-            kept.append(reward)
-        else:
-            left_out.append(f"grpo.rewards: {reward.path} is not what it was in training: its file has changed since")
     return rewards.judges_of(kept), left_out
 
 

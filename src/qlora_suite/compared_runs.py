@@ -169,12 +169,15 @@ def comparison_of(folders: Sequence[Path], samples: int = 2000) -> list[Compared
 def _why_not(runs: Sequence[EvaluatedRun]) -> str:
     """What differs of what they were scored on, and what can be done."""
     first, *others = runs
+    names = [run.report["data"]["name"].split("; ") for run in runs]
     parts = {
-        "data": [run.report["data"]["name"] for run in runs],
+        "data": ["; ".join(p for p in own if any(p not in other for other in names)) or "nothing more" for own in names],
         "window (data.max_length)": [f"{run.report['window']:,} tokens" for run in runs],
         "held-out data": [run.report["data"]["validation_sha256"][:10] for run in runs],
         "answers that fit": [f"{run.report['data']['answers']:,} of {run.report['data']['trees']} trees" for run in runs],
     }
+    if len(set(parts["data"])) > 1:
+        del parts["held-out data"]  # of course
     differing = [f"{name}: {' | '.join(values)}" for name, values in parts.items() if len(set(values)) > 1]
     began = [
         f"{run.name} began with {start}: its own report compares the two"
@@ -185,8 +188,8 @@ def _why_not(runs: Sequence[EvaluatedRun]) -> str:
     score = f"python scripts/evaluate.py {first.name}/recipe.yaml --adapter {other.name}/final" if other else ""
     ways = [*began, *([f"to score a run on another one's data: {score}"] if score else [])]
     told = "; ".join([*(differing or ["which answers of the same data fit"]), *ways])
-    names = ", ".join(run.name for run in runs)
-    return f"no two of these runs were scored on the same answers, so their scores cannot be compared ({names}). What differs: {told}"
+    named = ", ".join(run.name for run in runs)
+    return f"no two of these runs were scored on the same answers, so their scores cannot be compared ({named}). What differs: {told}"
 
 
 def _data(run: EvaluatedRun) -> str:
