@@ -28,7 +28,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, oasst_file:
         "grpo": (
             "data.packing=false",
             *(rewards, "grpo.group_size=4", "grpo.max_new_tokens=24", "optim.learning_rate=1e-2"),
-            *("train={rows_per_step: 4, max_steps: 4}", f"adapter.start_from={folder / 'dpo'}"),
+            *("train={rows_per_step: 4, max_steps: 2}", f"adapter.start_from={folder / 'dpo'}"),
         ),
     }
     runs = {}

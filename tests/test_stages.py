@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from chain import WINDOWS, chain  # noqa: F401
-from in_process import script
+from in_process import evaluate, metrics, script
+from published import publish
 
 from qlora_suite.assistant import load
 from qlora_suite.conversations import Turn
@@ -125,3 +127,83 @@ def test_runs_that_name_each_other_end_the_search(runs: dict[str, Path]) -> None
     (runs["sft"] / "recipe.yaml").write_text(text.replace("start_from: null", f"start_from: {runs['dpo']}"))
     recipe = load_recipe(runs["dpo"] / "recipe.yaml")
     assert longest(recipe, stages_before(recipe)) == 256
+
+
+# --- the card
+
+
+@pytest.fixture(scope="module")
+def hub(chain: dict[str, Path]) -> Path:
+    """The run of GRPO as a folder for the hub, evaluated."""
+    evaluate(chain["grpo"], num_answers=10, answer_tokens=None)
+    done = publish(chain["grpo"], "--repo", "me/tiny", "--dry-run", "--base-id", "someone/tiny-base")
+    assert done.code == 0, done.text
+    return chain["grpo"] / "hub"
+
+
+def test_the_card_names_the_stages_and_brings_their_recipes(hub: Path, chain: dict[str, Path]) -> None:
+    card = (hub / "README.md").read_text()
+    assert "It was made in stages: SFT, then DPO, then GRPO." in card
+    assert "trains it again" not in card
+    for number, name in ((1, "sft"), (2, "dpo")):
+        recipe = hub / f"recipe-{number}-{name}.yaml"
+        assert f"`{recipe.name}`" in card
+        ours, theirs = (yaml.safe_load(path.read_text()) for path in (recipe, chain[name] / "recipe.yaml"))
+        assert ours["train"] == theirs["train"]
+        assert ours["dpo"] == theirs["dpo"]
+    assert str(chain["sft"].parent) not in card
+
+
+def test_the_card_names_the_rewards_the_prompts_and_the_window(hub: Path, chain: dict[str, Path]) -> None:
+    card = (hub / "README.md").read_text()
+    assert "| rewards | letters (a function of its maker's own, in own.py) + 0.25 x no_repetition |" in card
+    fitting = read_json(chain["grpo"] / "run.json")["num_rows"]
+    asked = min(fitting, 4 * metrics(chain["grpo"])[-1]["step"])
+    assert 0 < asked < fitting
+    assert f"| data | {asked} prompts, of {fitting} that fit |" in card
+    assert f"on {asked} prompts, of {fitting} that fit, after the stages before" in card
+    assert "trained on up to 256 tokens of conversation, in its last stage on up to 160;" in card
+    assert "--max-model-len 256" in card or "Serve it" not in card
+
+
+def test_the_card_says_the_aim_first_and_cites_what_was_used(hub: Path, chain: dict[str, Path]) -> None:
+    front, _, text = (hub / "README.md").read_text().removeprefix("---\n").partition("\n---\n")
+    report = read_json(chain["grpo"] / "report.json")
+    metrics_of = {one["type"]: one for one in yaml.safe_load(front)["model-index"][0]["results"][0]["metrics"]}
+    rewards = report["rewards"]
+    assert metrics_of["mean_reward"]["value"] == pytest.approx(rewards["columns"]["adapter"]["mean"], abs=1e-6)
+    assert metrics_of["mean_reward"]["args"]["start"] == pytest.approx(rewards["columns"]["start"]["mean"], abs=1e-6)
+    assert metrics_of["mean_reward"]["args"]["verdict_against_start"] == rewards["difference_from_start"]["verdict"]
+    beside = metrics_of["bits_per_byte"]["args"]
+    assert beside["verdict_against_start"] == report["difference_from_start"]["verdict"]
+    assert beside["difference_from_start"] == pytest.approx(report["difference_from_start"]["bits_per_byte"], abs=1e-6)
+    assert "better_than_base" in beside
+    assert text.index("The mean reward of answers") < text.index("After GRPO: ") < text.index("The adapter needs ")
+    assert "| reward, the weighted sum |" in text
+    assert {"dpo", "grpo"} < set(yaml.safe_load(front)["tags"])
+    for key in ("dettmers2023qlora", "rafailov2023direct", "shao2024deepseekmath"):
+        assert text.count(f"{{{key},") == 1
+
+
+def test_the_card_of_a_first_run_is_as_it_was(chain: dict[str, Path]) -> None:
+    done = publish(chain["sft"], "--repo", "me/first", "--dry-run", "--base-id", "someone/tiny-base")
+    assert done.code == 0, done.text
+    card = (chain["sft"] / "hub" / "README.md").read_text()
+    assert "trains it again" in card
+    assert "in stages" not in card
+    assert "rafailov" not in card
+    assert not list((chain["sft"] / "hub").glob("recipe-*"))
+
+
+def test_a_report_without_bits_per_byte_is_published_with_its_rewards(runs: dict[str, Path], hub: Path) -> None:
+    """Of prompts alone."""
+    run = runs["grpo"]
+    report = read_json(run / "report.json")
+    nothing = dict.fromkeys(("adapter", "base", "start", "difference", "difference_from_start"))
+    write_json(run / "report.json", {**report, **nothing, "formats": {}, "slices": [], "conversations": []})
+    done = publish(run, "--repo", "me/tiny", "--dry-run", "--base-id", "someone/tiny-base")
+    assert done.code == 0, done.text
+    card = (run / "hub" / "README.md").read_text()
+    assert "mean_reward" in card
+    assert "bits_per_byte" not in card
+    assert "there is nothing to score in bits per byte" in card
