@@ -9,8 +9,9 @@
     python scripts/evaluate.py --compare runs/a runs/b runs/c           evaluated runs side by side
 
 The third and fourth take an adapter or a full model that was trained elsewhere; --format says in which chat format (else: the recipe's).
-A run that began with another adapter (adapter.start_from) is compared with that one too: perplexity and answers before and after. Of
-data of pairs, the report says how often the chosen answer is found likelier, and the reward accuracy against the start, with an interval.
+A run that began with another adapter (adapter.start_from) is compared with that one first: perplexity and answers before and after. Of
+data of pairs, the report says how often the chosen answer is found likelier, and the reward accuracy against the start, with an interval;
+of a run of GRPO, what the answers of base, start and run to held-out prompts are worth to its rewards (a file of one's own is run).
 Under `accelerate launch`, with any config, the processes share out the answers, each with a whole model; the report is the same.
 Reports go to the run's folder or the recipe's output.dir: report.html, report.md and report.json for a run, report-base for the base
 alone, report-NAME for an adapter or a model. report.html is one page for the browser that needs no network: curves, conversations,
@@ -30,7 +31,7 @@ from qlora_suite.recipe import Chat, Model
 NUM_ANSWERS = 6
 """Held-out questions that are answered for reading."""
 NUM_ANSWERS_OF_GRPO = 24
-"""Of a run that was rewarded for its answers: what can be counted of them is its result."""
+"""Of a run that was rewarded for its answers: what they are worth is its result."""
 ANSWER_TOKENS = 160
 """Room for 100 words of English."""
 
@@ -71,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"held-out questions to answer for reading, 0 for none ({NUM_ANSWERS}; {NUM_ANSWERS_OF_GRPO} of a run of GRPO)",
     )
-    made.add_argument("--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS})")
+    made.add_argument(
+        "--answer-tokens", type=int, metavar="N", help=f"longest of these answers, in tokens ({ANSWER_TOKENS}; of GRPO as in training)"
+    )
     made.add_argument("--lm-eval", metavar="TASK,TASK", help="benchmarks of the lm-evaluation-harness, for base and adapter")
     made.add_argument("--lm-eval-tasks-folder", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
     made.add_argument("--lm-eval-limit", type=int, metavar="N", help="examples of each task (all)")
@@ -84,7 +87,6 @@ if __name__ == "__main__":  # before the imports that take seconds
     args = read_arguments(parser(), check)
 
 import contextlib
-import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -100,6 +102,7 @@ from torch import nn
 
 from qlora_suite import dataset
 from qlora_suite.adapter import adapter_commit, adapter_folder, load_adapter
+from qlora_suite.answer_rewards import judge_answers, judges_at_hand, summary, told
 from qlora_suite.assistant import load as load_assistant
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
@@ -111,7 +114,7 @@ from qlora_suite.comparison import Scores, compare, describe_data
 from qlora_suite.conversations import Conversation
 from qlora_suite.engine import autocast
 from qlora_suite.engine import start as start_engine
-from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, excerpts, release_memory, score_within_memory
+from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, excerpts, release_memory, scorable, score_within_memory
 from qlora_suite.files import hash_of, read_json, sha256, write_json, write_text
 from qlora_suite.harness import Benchmarks, harness_scores
 from qlora_suite.incidents import incidents
@@ -120,10 +123,11 @@ from qlora_suite.preferences import HeldOutPairs, compare_pairs, of_pairs, pairs
 from qlora_suite.preparation import tokenizer_hash
 from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
-from qlora_suite.report import benchmark_lines, cut_line, headline, left_out_lines, markdown, pair_lines, result_table, start_lines
+from qlora_suite.report import benchmark_lines, cut_line, findings, left_out_lines, markdown, result_table
 from qlora_suite.report_page import journals_of, report_page
 from qlora_suite.run_facts import hardware
 from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, concise_words, read_answers
+from qlora_suite.stages import method_of
 from qlora_suite.subject import START_LABEL, Column, Subject, columns_of, renderers_of, subject_of
 from qlora_suite.tracking import console, say
 from qlora_suite.watchdog import exit_at_once_on_errors
@@ -164,40 +168,47 @@ def run(
         ours, of_base = renderers_of(subject, manifest)
         if any(turn.role == "tool" for c in everything for turn in c.turns):  # only the base's own template has a place for tools
             of_base = {subject.format: of_base[subject.format]}
-        found, cut, held_out = what_fits(everything, [ours, *of_base.values()], recipe.data.max_length)
+        answered = [one for one in map(scorable, everything) if one]
+        found, cut, held_out = what_fits(answered, [ours, *of_base.values()], recipe.data.max_length)
         columns = columns_of(subject, dtype, ours, of_base)
         start = next((column.adapter for column in columns if column.name == "start" and not column.missing), None)
     if num_answers is None:
-        num_answers = NUM_ANSWERS_OF_GRPO if getattr(recipe, "grpo", None) else NUM_ANSWERS
-    if answer_tokens is None:  # 1.6 a word of English, where a recipe wants more words than most
-        answer_tokens = max(ANSWER_TOKENS, min(math.ceil(1.6 * concise_words(recipe)), recipe.data.max_length // 2))
+        num_answers = NUM_ANSWERS_OF_GRPO if recipe.grpo else NUM_ANSWERS
+    if answer_tokens is None:  # the rewards are of answers of so many tokens
+        answer_tokens = recipe.grpo.max_new_tokens if recipe.grpo else ANSWER_TOKENS
 
     scores: Scores = {}
     left_out = []
-    for column in columns:
+    for column in columns if found else ():
         answers, why = scores_or_reason(column, subject, found, accelerator, dtype)
         for name, of_format in answers.items():
             scores.setdefault(name, {})[column.name] = of_format
         if why:
             left_out.append({"column": column.name, "why": why})
 
+    if not found:
+        left_out = [{"column": c.name, "why": f"{c.label}: {c.missing}"} for c in columns if c.missing]
     with together(accelerator):
-        if not scores:
+        if found and not scores:
             raise ValueError(f"there is nothing to report: {'; '.join(left['why'] for left in left_out)}")
-    answers = side_by_side(subject, start, ours, everything, accelerator, dtype, num_answers, answer_tokens) if num_answers else None
+    asked = side_by_side(subject, start, ours, everything, accelerator, dtype, num_answers, answer_tokens) if num_answers else None
     with together(accelerator):
+        if accelerator.is_main_process and not (found or asked):
+            raise ValueError("no held-out conversation has an answer to be scored, and no prompt is answered: there is nothing to report")
         if accelerator.is_main_process:
             journals, labels, samples = journals_of(subject), {c.name: c.label for c in columns}, recipe.evaluation.bootstrap_samples
             preferences = None
+            began = next((c.name for c in columns if c.name == "start"), None) or reference_without_start(subject)
             if held_out:
-                began = next((c.name for c in columns if c.name == "start"), None) or reference_without_start(subject)
                 preferences = compare_pairs(held_out, scores, labels, subject.format, began, recipe.dpo, samples)
                 found = found[: held_out.num_chosen]
                 scores = {name: {c: of_all[: held_out.num_chosen] for c, of_all in cells.items()} for name, cells in scores.items()}
+            answers, texts = asked or (None, [])
             report = {
                 **compare(scores, labels, subject.format, samples),
                 "tuning": tuning_of(subject),
                 "preferences": preferences,
+                "rewards": rewarded(subject, answers, texts, began, samples) if recipe.grpo and answers else None,
                 "left_out": left_out,
                 **describe_data(recipe, manifest, found, cut),
                 "chosen_by": subject.chosen_by,
@@ -223,9 +234,7 @@ def write_and_show(report: dict[str, Any], page: str, subject: Subject) -> None:
     write_text(paths[2], page)
     console.print(result_table(report))
     for line in (
-        headline(report),
-        *start_lines(report),
-        *pair_lines(report),
+        *findings(report),
         *benchmark_lines(report),
         *left_out_lines(report),
         *([cut_line(report)] if report["cut"]["answers"] else []),
@@ -254,8 +263,10 @@ def compare_runs(folders: list[Path], output: Path | None) -> None:
 def what_fits(
     everything: Sequence[Conversation], renderers: Sequence[Renderer], window: int
 ) -> tuple[list[Excerpt], Cut, HeldOutPairs | None]:
-    """What all formats can score, of pairs the chosen answers and the rejected ones. Raises ValueError if that is nothing."""
+    """What all formats can score, of pairs the chosen answers and the rejected ones. Raises ValueError if nothing of it fits."""
     held_out = None
+    if not everything:  # prompts alone
+        return [], Cut(), None
     if of_pairs(everything):
         held_out = pairs_that_fit(everything, list(dict.fromkeys(renderers)), window)
         found, cut = held_out.found, held_out.cut
@@ -279,7 +290,7 @@ def tuning_of(subject: Subject) -> str | None:
     """How the run learnt: `dpo`, `grpo` or `sft`; None for what was not trained here."""
     if subject.report != "report":
         return None
-    return next((name for name in ("dpo", "grpo") if getattr(subject.recipe, name, None)), "sft")
+    return method_of(subject.recipe)
 
 
 def scores_or_reason(
@@ -339,8 +350,9 @@ def side_by_side(
     dtype: torch.dtype,
     count: int,
     max_new_tokens: int,
-) -> dict[str, Any] | None:
+) -> tuple[dict[str, Any], list[str]] | None:
     """Answers of base, adapter and what it was at the start, as they stand in report.json: made, or read from files of an earlier call.
+    And of each prompt all the text that stands before its answers. None if there is no prompt, and on other ranks.
 
     The main process makes them, and the ranks meet between two batches, so that none waits longer than one takes.
     """
@@ -364,7 +376,8 @@ def side_by_side(
         return None
     limit = concise_words(subject.recipe)
     columns = {name: {"label": label_of(name, subject), **as_column(read_answers(file), limit)} for name, file in files.items()}
-    return {**asked, "concise_words": limit, "columns": columns}
+    texts = [renderer.tokenizer.decode(renderer.prompt(p.turns), clean_up_tokenization_spaces=False) for p in prompts]
+    return {**asked, "concise_words": limit, "columns": columns}, texts
 
 
 def with_bar(
@@ -408,6 +421,17 @@ def kept_files(subject: Subject, start: str | None, kind: str, dtype: torch.dtyp
         }
         files[name] = subject.folder / "evaluation" / f"{kind}-{name}-{hash_of(everything)[:16]}.json"
     return files
+
+
+def rewarded(subject: Subject, asked: dict[str, Any], texts: Sequence[str], began: str | None, samples: int) -> dict[str, Any]:
+    """What the answers are worth, by the recipe's rewards; writes it beside each of them, too."""
+    rewards = subject.recipe.grpo.rewards
+    say(f"rewards    {told(rewards)}")
+    identity = {} if subject.report != "report" else read_json(subject.folder / "status.json").get("identity") or {}
+    judges, left_out = judges_at_hand(rewards, identity)
+    judge_answers({name: column["answers"] for name, column in asked["columns"].items()}, texts, judges, left_out)
+    began = began if began in (None, "start") else "base"  # it answers as it was trained on
+    return {"in_words": told(rewards), **summary(asked, judges, left_out, began, samples)}
 
 
 def label_of(name: str, subject: Subject) -> str:

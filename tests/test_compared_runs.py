@@ -116,7 +116,7 @@ def test_runs_scored_on_other_answers_stand_apart(runs: Path, tmp_path: Path) ->
     for other in (window, data, answers):
         with pytest.raises(ValueError, match="no two of these runs were scored on the same answers") as error:
             comparison_of([runs / "first", other])
-        assert f"{other}: " in str(error.value)
+        assert str(other) in str(error.value)
         sets = comparison_of([runs / "first", other, runs / "slow"])
         assert [[entry.name for entry in one.entries] for one in sets] == [[str(runs / "first"), str(runs / "slow")], [str(other)]]
         text = markdown(sets)

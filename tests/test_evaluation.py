@@ -416,7 +416,7 @@ def test_only_a_run_writes_the_runs_report(finished: Path, tmp_path: Path) -> No
     assert written() == ["report-base.html", "report-base.json", "report-base.md"]
     assert "adapter_nats" not in base["conversations"][0]
     evaluate(finished, out, adapter=str(finished.parent / "run" / "final"))
-    assert written() == [f"report-{name}.{ending}" for name in ("base", "final") for ending in ("html", "json", "md")]
+    assert written() == [f"report-{name}.{ending}" for name in ("base", "run") for ending in ("html", "json", "md")]
     names = [subject_of(finished, [out], adapter=place).report for place in ("some one/phi 2: lora", ".", "/")]
     here = re.sub(r"[^A-Za-z0-9._-]+", "-", Path.cwd().name)
     assert names == ["report-phi-2-lora", f"report-{here}", "report-other"]
@@ -436,7 +436,7 @@ def test_a_model_too_large_for_the_gpu_is_left_out_unless_it_is_the_adapter(
     why = report["left_out"][0]["why"]
     assert "does not fit into the memory" in why
     assert why in capsys.readouterr().out
-    assert why in (tmp_path / "report-final.md").read_text()
+    assert why in (tmp_path / "report-run.md").read_text()
 
     small[:] = ["base_quantised"]
     shutil.rmtree(tmp_path / "evaluation")

@@ -29,7 +29,8 @@ from qlora_suite.model_card import eval_results, training_rows
 from qlora_suite.preferences import LONGER, SHORTER, compare_pairs, pairs_that_fit
 from qlora_suite.recipe import Dpo
 from qlora_suite.recipe_file import load
-from qlora_suite.report_page import answers, curves
+from qlora_suite.report import headline
+from qlora_suite.report_page import answers, curves, environment, heroes, preferences
 from qlora_suite.sample_answers import CONCISE_WORDS, concise_words
 from qlora_suite.subject import renderers_of, subject_of
 
@@ -87,7 +88,8 @@ def test_three_are_compared_and_what_became_of_the_start_is_said(report: dict[st
     assert after["bits_per_byte"] != report["difference"]["bits_per_byte"]
     assert report["start"] == {"format": "oasst", **cells["start"]}
     text = (run / "report.md").read_text()
-    assert f"After the preference tuning: {after['bits_per_byte']:+.4f} bits per byte (95 % interval " in text
+    assert f"After DPO: {after['bits_per_byte']:+.4f} bits per byte (95 % interval " in text
+    assert "the preference tuning" not in text
     assert "| base, fp32 | adapter at the start | adapter |" in text
     assert list(report["answers"]["columns"]) == ["base", "start", "adapter"]
     assert "| words, mean | " in text
@@ -184,8 +186,8 @@ def test_two_processes_report_what_one_reports(report: dict[str, Any], folder: P
     assert of_two["rewards"]["accuracy"] == ours["rewards"]["accuracy"]
     assert_close(theirs["formats"]["oasst"]["start"], report["formats"]["oasst"]["start"], rel=1e-6)
     assert theirs["answers"] == report["answers"]
-    assert done.stdout.count("After the preference tuning: ") == 1
-    assert len(re.findall(r"the chosen answer's reward is the higher one", " ".join(done.stdout.split()))) == 1
+    assert done.stdout.count("After DPO: ") == 1
+    assert len(re.findall(r"the chosen answer's reward, against the adapter at the start, is", " ".join(done.stdout.split()))) == 1
 
 
 @pytest.mark.parametrize(("name", "why"), [("gone", "is not at hand"), ("changed", "is another adapter now")])
@@ -296,6 +298,41 @@ def test_a_tie_counts_half_and_beta_scales_the_margin(renderer: Any) -> None:
     assert found["columns"]["start"]["prefers_chosen"] == 0.0
 
 
+def many(renderer: Any, count: int, right: int) -> dict[str, Any]:
+    """So many pairs, each in a tree of its own, of which so many are right."""
+    pairs = [pair(f"{i}", f"yes {i}", f"no {i}", f"tree {i}") for i in range(count)]
+    held_out = pairs_that_fit(pairs, [renderer], 160)
+    ours = [scored(4.0, 2) if i < right else scored(6.0, 2) for i in range(count)] + [scored(5.0, 2)] * count
+    scores = {"oasst": {"start": [scored(5.0, 2)] * 2 * count, "adapter": ours}}
+    found = compare_pairs(held_out, scores, {"start": "adapter at the start", "adapter": "adapter"}, "oasst", "start", Dpo(), 200)
+    return {"tuning": "dpo", "preferences": found, "adapter": None, "base": None, "difference": None}
+
+
+def test_few_trees_have_neither_interval_nor_verdict(renderer: Any) -> None:
+    """Seven of seven is no 100 %, from 100 % to 100 %."""
+    few, enough = many(renderer, 9, 9), many(renderer, 10, 9)
+    for report, knows in ((few, False), (enough, True)):
+        rewards, said = report["preferences"]["rewards"], headline(report)
+        assert (rewards["interval_95"] is not None) == (rewards["margin_interval_95"] is not None) == knows
+        assert (rewards["verdict"] is not None) == ("95 % interval" in said) == ("better than chance" in said) == knows
+        assert ("too few trees (9) for a verdict" in said) != knows
+        (hero,) = [one for one in heroes({**NOTHING, **report}) if "accuracy" in one["unit"]]
+        assert hero["badges"] == ((("better", "better than chance"),) if knows else (("", "too few trees (9)"),))
+    assert many(renderer, 10, 0)["preferences"]["rewards"]["verdict"] == "worse"
+    assert many(renderer, 10, 5)["preferences"]["rewards"]["verdict"] == "not clearly different"
+
+
+NOTHING = {"start": None, "difference_from_start": None}
+
+
+def test_a_share_of_all_trees_is_not_certain(renderer: Any) -> None:
+    """By hand: ten heads have the probability 0.025 with a coin of 0.6915, 0.6915 ** 10 = 0.025."""
+    low, high = many(renderer, 10, 10)["preferences"]["rewards"]["interval_95"]
+    assert (low, high) == (pytest.approx(0.6915, abs=1e-4), 1.0)
+    low, high = many(renderer, 10, 0)["preferences"]["rewards"]["interval_95"]
+    assert (low, high) == (0.0, pytest.approx(0.3085, abs=1e-4))
+
+
 def test_slices_tell_a_length_from_a_preference(renderer: Any) -> None:
     values = {"start": [(5.0, 2)] * 4, "adapter": [(4.0, 2), (4.0, 2), (5.0, 2), (5.0, 2)]}
     for sizes, name in (((10, 16), SHORTER), ((16, 10), LONGER), ((10, 15), "of like length"), ((10, 10), "of like length")):
@@ -347,7 +384,7 @@ def test_the_limit_in_words_is_the_one_that_was_rewarded(recipe: Path) -> None:
     assert concise_words(values) == CONCISE_WORDS == 100
     rewards = [SimpleNamespace(name="no_repetition", words=None), SimpleNamespace(name="within_words", words=60)]
     assert concise_words(SimpleNamespace(grpo=SimpleNamespace(rewards=rewards))) == 60
-    assert concise_words(SimpleNamespace(grpo=SimpleNamespace(rewards=rewards[:1]))) == 100
+    assert concise_words(SimpleNamespace(grpo=SimpleNamespace(rewards=rewards[:1]))) is None, "nobody asked for a length"
 
 
 def test_runs_of_pairs_are_put_side_by_side_with_their_reward_accuracy(run: Path, report: dict[str, Any], folder: Path) -> None:
@@ -396,12 +433,45 @@ def opened(page: Page, run: Path, report: dict[str, Any]) -> Page:
     return page
 
 
+def test_the_pairs_at_the_ends_are_shown_with_both_answers(opened: Page, report: dict[str, Any], run: Path) -> None:
+    everything = dataset.read_conversations(Path(load(run / "recipe.yaml").data.prepared) / "validation.arrow")
+    texts = {c.key: c for c in everything}
+    ordered = sorted(report["preferences"]["rows"], key=lambda row: row["margin"])
+    for title, rows in (("Most clearly right", ordered[::-1][:3]), ("Most clearly wrong", ordered[:3])):
+        card = opened.locator(".card", has=opened.get_by_role("heading", name=title, exact=True))
+        shown = card.locator("details")
+        assert shown.count() == 3
+        for place, row in enumerate(rows):
+            one = shown.nth(place)
+            assert one.locator(".change").inner_text() == f"{row['margin']:+.3f}"
+            one.locator("summary").click()
+            for name, text in (("chosen", texts[row["key"]].turns[-1].content), ("rejected", texts[row["key"]].rejected)):
+                assert one.locator(f".turn.{name} .text").inner_text().startswith(text[:40].strip())
+
+
+def test_hostile_pairs_are_text(report: dict[str, Any]) -> None:
+    """The page's own template, with answers that a person could have written to be run."""
+    hostile = "<script>alert(1)</script>{{ 7*7 }}"
+    rows = [{**row, "key": "k", "tree": "t"} for row in report["preferences"]["rows"][:1]]
+    found = preferences(
+        {**report, "preferences": {**report["preferences"], "rows": [{**rows[0], "margin": 1.0}]}},
+        [Conversation("k", ("k",), "t", (Turn("user", hostile), Turn("assistant", hostile)), "en", hostile)],
+    )
+    ((title, _, (one,)),) = found["ends"]
+    assert title == "Most clearly right"
+    page = environment().from_string("{{ row.of.turns[-1].content }} {{ row.of.rejected }}").render(row=one)
+    assert "<script>" not in page
+    source = (ROOT / "src/qlora_suite/pages/report.html").read_text()
+    assert "| safe" not in source
+
+
 def test_the_page_shows_pairs_and_three_models(opened: Page, report: dict[str, Any]) -> None:
     assert "Which of two answers" in opened.locator("h2").all_inner_texts()
-    assert opened.locator(".numbers .big").all_inner_texts() == [
-        f"{report[name]['bits_per_byte']:.4f}" for name in ("base", "start", "adapter")
-    ]
-    assert opened.locator(".hero .sentence").inner_text().count("95 % interval") == 2
+    aim = f"{report['preferences']['rewards']['accuracy']:.1%}"
+    bits = [f"{report[name]['bits_per_byte']:.4f}" for name in ("base", "start", "adapter")]
+    assert opened.locator(".numbers .big").all_inner_texts() == [aim, *bits]
+    assert opened.locator(".hero .unit").all_inner_texts()[0].startswith("DPO · reward accuracy on ")
+    assert opened.locator(".hero .sentence").inner_text().count("95 % interval") == 3
     assert f"{report['preferences']['rewards']['accuracy']:.1%}" in opened.locator("#pairs + .under").inner_text()
     assert opened.locator(".prompt").first.locator(".answer").count() == 3
     assert opened.get_by_role("img", name="pairs by their margin").count() == 1

@@ -38,7 +38,10 @@ class Assistant:
     dtype: torch.dtype
     """Of the computation, under autocast."""
     window: int
-    """The longest prompt and answer together, in tokens: what it was trained on, and no more than the base can take."""
+    """The longest prompt and answer together, in tokens: what it was trained on, in this run or the ones that it goes on from, and no
+    more than the base can take."""
+    context: int | None = None
+    """What the base can take; None if it does not say."""
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     """Held by whoever makes it answer: without its adapter it is without it for everybody."""
 
@@ -112,8 +115,8 @@ def load(subject: Subject, device: torch.device, dtype: torch.dtype) -> Assistan
     if subject.adapter:
         net = load_adapter(net, subject.adapter)
     context = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
-    window = min(filter(None, [recipe.data.max_length, context]))
-    return Assistant(net.eval(), renderer, recipe, subject, device, dtype, window)
+    window = min(filter(None, [subject.asked_within, context]))
+    return Assistant(net.eval(), renderer, recipe, subject, device, dtype, window, context)
 
 
 def headline_of(about: dict[str, Any]) -> str:

@@ -99,6 +99,8 @@ def read_run(folder: Path) -> EvaluatedRun:
         raise ValueError(f"{folder} has no report.json; make it first: python scripts/evaluate.py {folder}")
     report = read_json(folder / "report.json")
     check_version(folder / "report.json", report, REPORT_VERSION)
+    if not report.get("adapter") and report.get("tuning"):
+        raise ValueError(f"{folder} was scored on prompts alone: none of its held-out conversations has an answer, so there is no score")
     if not report.get("adapter"):
         raise ValueError(f"{folder}/report.json has no score of the run's own result; make it again: python scripts/evaluate.py {folder}")
     recipe, run = load(folder / "recipe.yaml"), read_json(folder / "run.json")
@@ -160,9 +162,34 @@ def comparison_of(folders: Sequence[Path], samples: int = 2000) -> list[Compared
     for run in map(read_run, folders):
         sets.setdefault(scored_on(run), []).append(run)
     if all(len(runs) == 1 for runs in sets.values()):
-        told = "; ".join(f"{runs[0].folder}: {_data(runs[0])}" for runs in sets.values())
-        raise ValueError(f"no two of these runs were scored on the same answers, so their scores cannot be compared ({told})")
+        raise ValueError(_why_not([runs[0] for runs in sets.values()]))
     return [_compared(runs, samples) for runs in sets.values()]
+
+
+def _why_not(runs: Sequence[EvaluatedRun]) -> str:
+    """What differs of what they were scored on, and what can be done."""
+    first, *others = runs
+    names = [run.report["data"]["name"].split("; ") for run in runs]
+    parts = {
+        "data": ["; ".join(p for p in own if any(p not in other for other in names)) or "nothing more" for own in names],
+        "window (data.max_length)": [f"{run.report['window']:,} tokens" for run in runs],
+        "held-out data": [run.report["data"]["validation_sha256"][:10] for run in runs],
+        "answers that fit": [f"{run.report['data']['answers']:,} of {run.report['data']['trees']} trees" for run in runs],
+    }
+    if len(set(parts["data"])) > 1:
+        del parts["held-out data"]  # of course
+    differing = [f"{name}: {' | '.join(values)}" for name, values in parts.items() if len(set(values)) > 1]
+    began = [
+        f"{run.name} began with {start}: its own report compares the two"
+        for run in runs
+        if (start := run.settings.get("adapter.start_from", "null")) != "null" and run.report.get("difference_from_start")
+    ]
+    other = next((run for run in others if (run.folder / "final" / "adapter_config.json").is_file()), None)
+    score = f"python scripts/evaluate.py {first.name}/recipe.yaml --adapter {other.name}/final" if other else ""
+    ways = [*began, *([f"to score a run on another one's data: {score}"] if score else [])]
+    told = "; ".join([*(differing or ["which answers of the same data fit"]), *ways])
+    named = ", ".join(run.name for run in runs)
+    return f"no two of these runs were scored on the same answers, so their scores cannot be compared ({named}). What differs: {told}"
 
 
 def _data(run: EvaluatedRun) -> str:
@@ -262,9 +289,11 @@ def _row(entry: Entry, against: Mapping[str, Any] | None) -> dict[str, str]:
     asked = [run.report["answers"]["columns"]["adapter"] for run in entry.runs if run.report.get("answers")]
 
     def share(key: str) -> str:
-        return f"{statistics.fmean(column[key] for column in asked):.0%}" if asked else ""
+        counted = [column[key] for column in asked if column[key] is not None]
+        return f"{statistics.fmean(counted):.0%}" if counted else ""
 
-    limits = {run.report["answers"].get("concise_words", CONCISE_WORDS) for run in entry.runs if run.report.get("answers")}
+    limits = {run.report["answers"].get("concise_words", CONCISE_WORDS) for run in entry.runs if run.report.get("answers")} - {None}
+    worth = [r["columns"]["adapter"]["mean"] for run in entry.runs if (r := run.report.get("rewards")) and "adapter" in r["columns"]]
     rewards = [p["rewards"]["accuracy"] for run in entry.runs if (p := run.report.get("preferences")) and p["rewards"]]
     interval = against and against["interval_95"]
     return {
@@ -278,6 +307,7 @@ def _row(entry: Entry, against: Mapping[str, Any] | None) -> dict[str, str]:
         "perplexity": f"{statistics.fmean(run.report['adapter']['perplexity'] for run in entry.runs):.2f}",
         "answers ended": share("stopped"),
         "ended within the limit": f"{share('concise')} ({', '.join(map(str, sorted(limits)))} words)" if limits else "",
+        "mean reward": f"{statistics.fmean(worth):.4f}" if worth else "",
         "reward accuracy": f"{statistics.fmean(rewards):.1%}" if rewards else "",
         "tokens per second": _rate(entry),
         "trained parameters": f"{entry.runs[0].run['parameters']['trainable']:,}",

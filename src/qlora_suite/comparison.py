@@ -37,7 +37,7 @@ def compare(scores: Scores, labels: dict[str, str], trained: str, samples: int) 
         "difference_from_start": paired_interval(start, ours, samples) if start and ours else None,
         "formats": formats,
         "labels": labels,
-        "slices": slices(theirs, ours) if ours else [],
+        "slices": slices(theirs, ours, start) if ours else [],
         "conversations": by_conversation(theirs, ours, start),
     }
 

@@ -125,6 +125,15 @@ def excerpts(conversations: Sequence[Conversation], renderers: Sequence[Renderer
     return kept, Cut(answers, tokens, num_bytes)
 
 
+def scorable(conversation: Conversation) -> Conversation | None:
+    """Up to its last answer that says something; None if there is none: GRPO's data may be prompts alone."""
+    turns = conversation.turns
+    while turns and turns[-1].role == "assistant" and not turns[-1].content.strip():
+        turns = turns[:-1]
+    kept = conversation if turns == conversation.turns else replace(conversation, turns=turns).without_open_end()
+    return kept if kept and any(t.role == "assistant" and t.learn for t in kept.turns) else None
+
+
 def _merged(conversation: Conversation, roles: Collection[str]) -> Conversation:
     """With the turns of these roles as one that follow each other: what one format merges, the others score merged."""
     try:
@@ -385,8 +394,10 @@ def by_conversation(
 LENGTHS = ((200, "under 200 bytes"), (600, "200 to 599"), (1500, "600 to 1,499"), (math.inf, "1,500 and more"))
 
 
-def slices(base: Sequence[AnswerScore] | None, adapter: Sequence[AnswerScore]) -> list[dict[str, Any]]:
-    """Bits per byte by place in the conversation, length of the answer and language."""
+def slices(
+    base: Sequence[AnswerScore] | None, adapter: Sequence[AnswerScore], start: Sequence[AnswerScore] | None = None
+) -> list[dict[str, Any]]:
+    """Bits per byte by place in the conversation, length of the answer and language, of whichever models there are."""
     cuts: list[tuple[str, Callable[[AnswerScore], str]]] = [
         ("answer", lambda a: str(a.number) if a.number < 3 else "3 and later"),
         ("length", lambda a: next(name for bound, name in LENGTHS if a.bytes < bound)),
@@ -401,8 +412,8 @@ def slices(base: Sequence[AnswerScore] | None, adapter: Sequence[AnswerScore]) -
         for name in order:
             if name in members:
                 row: Mapping[str, Any] = {"by": by, "slice": name, "answers": len(members[name])}
-                row = {**row, "adapter": _bits([adapter[i] for i in members[name]])}
-                found.append(row if base is None else {**row, "base": _bits([base[i] for i in members[name]])})
+                sides = (("adapter", adapter), ("base", base), ("start", start))
+                found.append({**row, **{side: _bits([of[i] for i in members[name]]) for side, of in sides if of is not None}})
     return found
 
 

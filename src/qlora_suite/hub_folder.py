@@ -6,6 +6,7 @@
       generation_config.json                              the tokens that end an answer
       README.md                                           the card (model_card.py)
       recipe.yaml  report.md  report.json  report.html  LICENSE       as far as they are there
+      recipe-1-sft.yaml  recipe-2-dpo.yaml                of the runs that it goes on from
 
 Files are taken by name: what else lies beside them (optimiser state, checkpoints, scores) is not published.
 """
@@ -111,7 +112,7 @@ def report_of(subject: Subject) -> tuple[dict[str, Any] | None, str]:
         return None, f"not evaluated; the card says so. First: {command}"
     report = read_json(path)
     check_version(path, report, REPORT_VERSION)
-    if report.get("adapter") is None or report.get("chosen_by") != subject.chosen_by:
+    if (report.get("adapter") is None and not report.get("rewards")) or report.get("chosen_by") != subject.chosen_by:
         return None, f"{path} is of another result, so the card says: not evaluated. Again: {command}"
     return report, ""
 
@@ -132,6 +133,8 @@ def build(result: Result, folder: Path, card: str, with_reports: bool) -> None:
             if (result.subject.folder / name).is_file():
                 text = (result.subject.folder / name).read_text(encoding="utf-8")
                 write_text(aside / name, without_paths(text, roots))
+        for name, text in recipes_before(result.subject):
+            write_text(aside / name, without_paths(text, roots))
         if licence := base_file(result.subject.recipe.model, result.origin, "LICENSE"):
             shutil.copyfile(licence, aside / "LICENSE")
         write_text(aside / CARD, without_paths(card, roots))
@@ -142,6 +145,13 @@ def build(result: Result, folder: Path, card: str, with_reports: bool) -> None:
         write_json(built(folder), file_table(folder, but=""))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def recipes_before(subject: Subject) -> Iterator[tuple[str, str]]:
+    """(file's name, text) of the recipes of the runs that this one goes on from, the first one first, as far as they are known."""
+    for number, stage in enumerate(reversed(subject.before), 1):
+        if stage.recipe is not None:
+            yield f"recipe-{number}-{stage.method}.yaml", stage.recipe
 
 
 def built(folder: Path) -> Path:
@@ -168,7 +178,8 @@ def listing(folder: Path) -> Iterator[tuple[str, int, str]]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
         shard = "a part of the model's weights" if path.suffix == ".safetensors" else "the tokenizer"
-        yield name, path.stat().st_size, WHAT.get(name, shard)
+        stage = "the recipe of an earlier stage" if name.startswith("recipe-") else shard
+        yield name, path.stat().st_size, WHAT.get(name, stage)
 
 
 def _take_weights(result: Result, folder: Path) -> None:

@@ -73,7 +73,7 @@ def build_space(result: Result, model_folder: Path, folder: Path, hardware: str 
 
 def settings(result: Result, hardware: str, plan: Plan) -> dict[str, Any]:
     """space.json"""
-    window = result.subject.recipe.data.max_length
+    window = result.subject.asked_within
     where = f"[{result.repo}](https://huggingface.co/{result.repo})"
     on = f", on {result.origin.id}" if result.form == "adapter" else ""
     return {
@@ -127,7 +127,7 @@ def arithmetic(result: Result, model_folder: Path, dtype: str, quantization: dic
     if trained:
         lines.append((trained * 4, f"{trained:,} weights of the adapter of 4 bytes"))
     config = load_config(Model(base=str(model_folder)) if result.form != "adapter" else result.subject.recipe.model).get_text_config()
-    window = result.subject.recipe.data.max_length
+    window = result.subject.asked_within
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * head * width * window

@@ -15,15 +15,18 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from qlora_suite.answer_rewards import told
 from qlora_suite.base_origin import HUB_ID
 from qlora_suite.files import read_json
-from qlora_suite.hub_folder import MARK, MERGED, Result
+from qlora_suite.hub_folder import MARK, MERGED, Result, recipes_before
 from qlora_suite.loss_unit import loss_unit
 from qlora_suite.model import load_config
 from qlora_suite.prequantized import quantization_of, source_of
 from qlora_suite.recipe import Model, Recipe
-from qlora_suite.report import COLUMNS, headline, pair_lines, start_lines
+from qlora_suite.report import COLUMNS, findings
+from qlora_suite.report import reward_rows as report_rewards
 from qlora_suite.serving import Served, commands
+from qlora_suite.stages import in_words, method_of
 from qlora_suite.subject import renderer_of
 from qlora_suite.tracking import read_journal
 
@@ -31,6 +34,25 @@ OASST1 = "OpenAssistant/oasst1"
 EMBEDDED = "7e422328a459d845c376785f4fd7812ff68472e2ce1d78acff807ea9db3e1b03"
 """assets/oasst1_en_validation.jsonl.gz, which is a part of OASST1."""
 LANGUAGE = re.compile(r"^[a-z]{2,3}$")
+TOO_FEW = "too few for a verdict"
+CITED = {
+    "dpo": """@inproceedings{rafailov2023direct,
+  title     = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
+  author    = {Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Ermon, Stefano and Manning, Christopher D. and Finn, Chelsea},
+  booktitle = {Advances in Neural Information Processing Systems},
+  volume    = {36},
+  year      = {2023}
+}""",
+    "grpo": """@misc{shao2024deepseekmath,
+  title         = {{DeepSeekMath}: Pushing the Limits of Mathematical Reasoning in Open Language Models},
+  author        = {Shao, Zhihong and Wang, Peiyi and Zhu, Qihao and Xu, Runxin and Song, Junxiao and Bi, Xiao and Zhang, Haowei and
+                   Zhang, Mingchuan and Li, Y. K. and Wu, Y. and Guo, Daya},
+  year          = {2024},
+  eprint        = {2402.03300},
+  archivePrefix = {arXiv}
+}""",
+}
+"""Beside QLoRA."""
 NUM_SAMPLES = 3
 QUESTION = "What is the capital of France?"
 
@@ -46,8 +68,16 @@ def model_card(result: Result, serve: Sequence[tuple[str, str]]) -> str:
         recipe=recipe,
         run=run,
         report=result.report,
-        findings=[headline(result.report), *start_lines(result.report), *pair_lines(result.report)] if result.report else [],
+        findings=findings(result.report) if result.report else [],
         scores=score_rows(result.report) if result.report else [],
+        rewards=reward_rows(result.report) if result.report else [],
+        reward_labels=[one["label"] for one in ((result.report or {}).get("rewards") or {"columns": {}})["columns"].values()],
+        stages=in_words(recipe, result.subject.before) if result.subject.before else "",
+        earlier=list(recipes_before(result.subject)),
+        unknown=any(stage.recipe is None for stage in result.subject.before),
+        window=result.subject.asked_within,
+        learnt_from=learnt_from(result),
+        methods=[CITED[name] for name in CITED if name in methods_of(result)],
         labels=_labels(result.report) if result.report else [],
         merging=merging(result),
         snippet=use_snippet(result),
@@ -69,13 +99,41 @@ def front_matter(result: Result) -> ModelCardData:
         "license": result.licence,
         "language": list(result.languages) or None,
         "datasets": list(result.datasets) or None,
-        "tags": [MARK, *(["lora", "qlora"] if result.subject.recipe.adapter != "none" else []), *_conversational(result)],
+        "tags": [
+            MARK,
+            *(["lora", "qlora"] if result.subject.recipe.adapter != "none" else []),
+            *(name for name in ("dpo", "grpo") if name in methods_of(result)),
+            *_conversational(result),
+        ],
     }
     if result.origin:
         fields |= {"base_model": result.origin.id, "base_model_relation": "adapter" if result.form == "adapter" else "finetune"}
     if result.report:
         fields |= {"model_name": result.name, "eval_results": eval_results(result)}
     return ModelCardData(**fields)
+
+
+def methods_of(result: Result) -> set[str]:
+    """Of this training and of those before it: `sft`, `dpo`, `grpo`."""
+    return {method_of(result.subject.recipe), *(stage.method for stage in result.subject.before if stage.method)}
+
+
+def learnt_from(result: Result) -> str:
+    """Of what its last training was made, in words."""
+    recipe, train = result.subject.recipe, result.run["data_manifest"]["counts"]["train"]
+    if recipe.dpo:
+        return f"{train['kept']:,} conversations, each with a chosen and a rejected answer"
+    return _prompts(result) if recipe.grpo else f"{train['kept']:,} conversations"
+
+
+def _prompts(result: Result) -> str:
+    """How many were really asked: a step takes the next ones, and begins anew when all have had their turn."""
+    recipe, run = result.subject.recipe, result.run
+    if "num_rows" not in run:  # of an earlier version
+        return f"the prompts of up to {run['data_manifest']['counts']['train']['rows']:,} conversations"
+    steps = [record["step"] for record in read_journal(result.subject.folder / "metrics.jsonl") if "loss" in record]
+    asked = min(run["num_rows"], (steps[-1] if steps else 0) * recipe.train.rows_per_step)
+    return f"{asked:,} prompts, of {run['num_rows']:,} that fit"
 
 
 def _conversational(result: Result) -> list[str]:
@@ -94,11 +152,12 @@ def eval_results(result: Result) -> list[EvalResult]:
         "dataset_split": "validation" if published else "held out by a hash",
         "dataset_args": {"answers": report["data"]["answers"], "trees": report["data"]["trees"]},
     }
-    beside: dict[str, Any] = {"window": report["window"], "format": report["adapter"]["format"]}
+    beside: dict[str, Any] = {"window": report["window"], "format": result.subject.format}
     if result.form == "merged":
         beside["measured"] = "before merging, as an adapter on the quantised base"
     found = []
-    for key, name in (("bits_per_byte", "bits per byte of the answers"), ("perplexity", "perplexity per token of the answers")):
+    metrics = (("bits_per_byte", "bits per byte of the answers"), ("perplexity", "perplexity per token of the answers"))
+    for key, name in metrics if report["adapter"] else ():
         arguments = dict(beside)
         if report["base"]:
             arguments["base"] = round(report["base"][key], 6)
@@ -109,15 +168,32 @@ def eval_results(result: Result) -> list[EvalResult]:
             }
             if report["difference"]["interval_95"]:
                 arguments["interval_95_of_the_difference"] = [round(edge, 6) for edge in report["difference"]["interval_95"]]
+        if report.get("start"):
+            arguments["start"] = round(report["start"][key], 6)
+        if (d := report.get("difference_from_start")) and key == "bits_per_byte":
+            arguments |= {"difference_from_start": round(d["bits_per_byte"], 6), "verdict_against_start": d["verdict"] or TOO_FEW}
+            if d["interval_95"]:
+                arguments["interval_95_of_the_difference_from_start"] = [round(edge, 6) for edge in d["interval_95"]]
         value = round(report["adapter"][key], 6)
         found.append(EvalResult(**where, metric_type=key, metric_name=name, metric_value=value, metric_args=arguments))
     if (preferences := report.get("preferences")) and preferences["rewards"]:
         rewards = preferences["rewards"]
-        arguments = {"pairs": preferences["pairs"], "against": rewards["start"], "chance": 0.5}
+        arguments = {"pairs": preferences["pairs"], "trees": preferences["trees"], "against": rewards["start"], "chance": 0.5}
+        arguments["verdict_against_chance"] = rewards["verdict"] or TOO_FEW
         if rewards["interval_95"]:
             arguments["interval_95"] = [round(edge, 6) for edge in rewards["interval_95"]]
         name, value = "reward accuracy on held-out pairs", round(rewards["accuracy"], 6)
         found.append(EvalResult(**where, metric_type="reward_accuracy", metric_name=name, metric_value=value, metric_args=arguments))
+    if (rewards := report.get("rewards")) and "adapter" in rewards["columns"]:
+        arguments = {"prompts": rewards["prompts"], "rewards": _line(rewards["in_words"])[:200]}
+        arguments |= {side: round(one["mean"], 6) for side, one in rewards["columns"].items() if side != "adapter"}
+        for side, d in (("start", rewards["difference_from_start"]), ("base", rewards["difference"])):
+            if d and side in rewards["columns"]:
+                arguments[f"verdict_against_{side}"] = d["verdict"] or TOO_FEW
+                if d["interval_95"]:
+                    arguments[f"interval_95_of_the_difference_from_{side}"] = [round(edge, 6) for edge in d["interval_95"]]
+        name, value = "mean reward of answers to held-out prompts", round(rewards["columns"]["adapter"]["mean"], 6)
+        found.append(EvalResult(**where, metric_type="mean_reward", metric_name=name, metric_value=value, metric_args=arguments))
     return found
 
 
@@ -236,6 +312,11 @@ def _columns(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(column, labels[column]) for column, _ in COLUMNS if column in present]
 
 
+def reward_rows(report: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Of a run of GRPO, for each reward: its mean of each model."""
+    return [(name, [f"{value:.4f}" for value in values]) for name, values, _ in report_rewards(report)]
+
+
 def score_rows(report: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """For each format: bits per byte and perplexity of each model."""
     return [
@@ -265,15 +346,18 @@ def training_rows(result: Result) -> list[tuple[str, str]]:
     if recipe.dpo:
         of = "length-normalised, " if recipe.dpo.length_normalized else ""
         rows += [("preferences", f"DPO on pairs of a chosen and a rejected answer, {of}beta {recipe.dpo.beta:g}")]
-    if getattr(recipe, "grpo", None):
-        rows += [("preferences", f"GRPO on answers of its own, {recipe.grpo.group_size} to a prompt, beta {recipe.grpo.beta:g}")]
+    if recipe.grpo:
+        rows += [
+            ("preferences", f"GRPO on answers of its own, {recipe.grpo.group_size} to a prompt, beta {recipe.grpo.beta:g}"),
+            ("rewards", told(recipe.grpo.rewards)),
+        ]
     if tuned != "none" and tuned.start_from is not None:
-        rows += [("start", "an adapter that was there already, instead of a new one (adapter.start_from of the recipe)")]
+        rows += [("start", f"an adapter that was there already (adapter.start_from): {in_words(recipe, result.subject.before)}")]
     what = "conversations with two answers each," if recipe.dpo else "conversations"
     kept = f"{train['kept']:,} {what} in {train['rows']:,} rows; {train['tokens']:,} tokens, {train['supervised']:,} learnt"
     packed = ", packed, each conversation attends to itself" if recipe.data.packing else ""
-    if getattr(recipe, "grpo", None):
-        kept = f"the prompts of {train['rows']:,} conversations"
+    if recipe.grpo:
+        kept = learnt_from(result)
     rate = f"{optim.name}, rate {optim.learning_rate:g}, {optim.schedule}, {optim.warmup_steps} warm-up steps"
     rows += [
         ("data", kept),
@@ -281,7 +365,7 @@ def training_rows(result: Result) -> list[tuple[str, str]]:
         ("optimiser", f"{rate}, weight decay {optim.weight_decay:g}"),
     ]
     if steps:
-        unit = "pairs" if recipe.dpo else "prompts" if getattr(recipe, "grpo", None) else "rows"
+        unit = "pairs" if recipe.dpo else "prompts" if recipe.grpo else "rows"
         taken = f"{steps[-1]['step']:,} of {recipe.train.rows_per_step} {unit}, {steps[-1]['tokens']:,} tokens; seed {recipe.seed}"
         rows += [
             ("steps", taken),
@@ -335,7 +419,7 @@ def serving_lines(result: Result) -> list[tuple[str, str]]:
     adapter = recipe.adapter if result.form == "adapter" else None
     served = Served(
         name=result.name,
-        window=recipe.data.max_length,
+        window=result.subject.asked_within,
         merged=None if adapter else result.repo,
         dtype="auto",
         base=origin.id if origin else None,

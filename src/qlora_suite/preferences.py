@@ -2,7 +2,8 @@
 
     prefers the chosen one     log p(chosen) > log p(rejected), of the sums over an answer's tokens and of their means
     margin of a pair           beta x (log-ratio of the chosen answer - log-ratio of the rejected one), of the run against its start
-    reward accuracy            share of the pairs whose margin is above 0 (Rafailov et al., 2023); 1/2 is what chance gives
+    reward accuracy            share of the pairs whose margin is above 0 (Rafailov et al., 2023); 1/2 is what chance gives.
+                               Over few trees it has neither interval nor verdict
 
 An answer that is chosen over one and rejected for another, or chosen over several, is scored once:
 
@@ -169,7 +170,7 @@ def _wins(differences: np.ndarray) -> np.ndarray:
 def _rewards(
     pairs: Sequence[Pair], ours: Sequence[AnswerScore], start: Sequence[AnswerScore], dpo: Dpo, samples: int
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Means over the pairs, with 95 % intervals over their trees; and each pair's margin. [pairs] float64"""
+    """Means over the pairs, with 95 % intervals over their trees where these are enough; and each pair's margin. [pairs] float64"""
     (now, tokens), (before, _) = _of_pairs(pairs, ours), _of_pairs(pairs, start)
     ratios = now - before
     rewards = dpo.beta * (ratios / tokens if dpo.length_normalized else ratios)
@@ -177,8 +178,11 @@ def _rewards(
     trees, ones = [p.group for p in pairs], np.ones(len(pairs))
     accuracy, interval = over_trees(trees, _wins(margins), ones, samples)
     margin, margin_interval = over_trees(trees, margins, ones, samples)
-    verdict = None
-    if len(set(trees)) >= MIN_TREES:
+    verdict, count = None, len(set(trees))
+    if count < MIN_TREES:  # seven of seven would be 100 %, from 100 % to 100 %
+        interval = margin_interval = None
+    else:
+        interval = at_the_edge(accuracy, count) or interval
         verdict = "better" if interval[0] > 0.5 else "worse" if interval[1] < 0.5 else "not clearly different"
     return {
         "beta": dpo.beta,
@@ -192,6 +196,12 @@ def _rewards(
         "log_ratio_rejected": float(ratios[:, 1].sum() / tokens[:, 1].sum()),
         "samples": samples,
     }, margins
+
+
+def at_the_edge(share: float, trees: int) -> list[float] | None:
+    """The 95 % interval of a share that is 0 or 1 in every tree, which a bootstrap takes for certain (Clopper and Pearson, 1934)."""
+    unseen = 1 - 0.025 ** (1 / trees)
+    return [0.0, unseen] if share == 0 else [1 - unseen, 1.0] if share == 1 else None
 
 
 def _slices(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

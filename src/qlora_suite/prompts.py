@@ -14,6 +14,8 @@ from qlora_suite.assistant import Assistant
 from qlora_suite.conversations import Turn
 
 ROLES = ("system", "user", "assistant", "tool")
+ROOM = 256
+"""Tokens for an answer, in the window that a refusal suggests."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,10 @@ def room_for(assistant: Assistant, ids: Sequence[int], max_new_tokens: int) -> i
     """How many tokens the answer may have. Raises ValueError if the window has no place for one behind the prompt."""
     room = assistant.window - len(ids)
     if room < 1:
+        wanted = min(filter(None, [len(ids) + max(ROOM, max_new_tokens), assistant.context]))
+        wider = f", or add data.max_length={wanted} to the command, beyond what it was trained on" if wanted > len(ids) else ""
         raise ValueError(
-            f"the prompt has {len(ids):,} tokens, and prompt and answer share a window of {assistant.window:,}; shorten the prompt"
+            f"the prompt has {len(ids):,} tokens, and prompt and answer share a window of {assistant.window:,}; shorten the prompt{wider}"
         )
     return min(room, max_new_tokens)
 

@@ -1,5 +1,6 @@
 """The evaluation as Markdown and as a console table. report.json holds everything; these show what matters of it."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -12,55 +13,156 @@ COLUMNS = (
 )
 
 
-def headline(report: dict[str, Any]) -> str:
-    """The result in a sentence or two."""
+METHODS = {"sft": "this training", "dpo": "DPO", "grpo": "GRPO"}
+"""report.json's `tuning`, in words."""
+NOTHING_SCORED = "No held-out conversation has an answer, so that there is nothing to score in bits per byte."
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """The result in a sentence or two: what the training aimed at."""
+    return findings(report)[0]
+
+
+def findings(report: Mapping[str, Any]) -> list[str]:
+    """The result in sentences: what preference tuning aimed at, what it cost against its start, and then how far it is from the base."""
+    tuned = report.get("tuning") in ("dpo", "grpo")
+    aim = [*_pairs_line(report), *_rewards_line(report)]
+    lines = [*_start_line(report), base_line(report)] if tuned else [base_line(report), *_start_line(report)]
+    lines = [*aim, *lines] if tuned else [*lines, *aim]
+    return [*lines, *_answers_line(report), *_likelier_line(report)]
+
+
+def base_line(report: Mapping[str, Any]) -> str:
+    """Bits per byte against the base."""
     model = report["adapter"] or report["base"]
+    if model is None:
+        return NOTHING_SCORED
     if report["difference"] is None:
         subject = "the model" if report["adapter"] else "the base"
         return f"{subject.capitalize()} needs {model['bits_per_byte']:.4f} bits per byte (perplexity {model['perplexity']:.2f})."
     difference, base = report["difference"], report["base"]
-    verdict = f"which is {difference['verdict']}" if difference["verdict"] else f"too few trees ({difference['trees']}) for a verdict"
-    interval = (
-        f" (95 % interval {difference['interval_95'][0]:+.4f} to {difference['interval_95'][1]:+.4f})" if difference["interval_95"] else ""
-    )
+    verdict = f"which is {difference['verdict']}" if difference["verdict"] else _too_few(difference["trees"])
     return (
         f"The adapter needs {model['bits_per_byte']:.4f} bits per byte, the base at its best {base['bits_per_byte']:.4f}: "
-        f"{difference['bits_per_byte']:+.4f}{interval}, {verdict}."
+        f"{difference['bits_per_byte']:+.4f}{_signed(difference['interval_95'])}, {verdict}."
     )
 
 
-def start_lines(report: dict[str, Any]) -> list[str]:
-    """What became of the model that training began with: its scores and its answers. Nothing for a run that began with a new adapter."""
+def _start_line(report: Mapping[str, Any]) -> list[str]:
+    """What became of the model that training began with. Nothing for a run that began with a new adapter."""
+    if not (d := report.get("difference_from_start")):
+        return []
+    verdict = d["verdict"] or _too_few(d["trees"])
+    return [
+        f"After {METHODS.get(report.get('tuning'), 'training')}: {d['bits_per_byte']:+.4f} bits per byte{_signed(d['interval_95'])} "
+        f"against the adapter at the start, which needs {report['start']['bits_per_byte']:.4f}: {verdict}."
+    ]
+
+
+def _answers_line(report: Mapping[str, Any]) -> list[str]:
+    """What was counted of the answers before and after."""
+    asked = report.get("answers")
+    if not asked or not ("start" in asked["columns"] or report.get("rewards")):
+        return []
+    key, limit = ("stopped", "") if asked["concise_words"] is None else ("concise", f" within {asked['concise_words']} words")
+    columns = asked["columns"].values()
+    told = ", ".join(f"{one['label']} {one[key]:.0%} ({one['mean_words']:.0f} words in the mean)" for one in columns)
+    return [f"Of {len(asked['prompts'])} answers, ended by themselves{limit}: {told}."]
+
+
+def _rewards_line(report: Mapping[str, Any]) -> list[str]:
+    """What answers to held-out prompts are worth, before and after; and why a reward could not be asked."""
+    r = report.get("rewards")
+    if not r:
+        return []
     lines = []
-    if d := report.get("difference_from_start"):
-        interval = f" (95 % interval {d['interval_95'][0]:+.4f} to {d['interval_95'][1]:+.4f})" if d["interval_95"] else ""
-        trained = "this training" if report["tuning"] == "sft" else "the preference tuning"
-        verdict = d["verdict"] or f"too few trees ({d['trees']}) for a verdict"
-        lines.append(
-            f"After {trained}: {d['bits_per_byte']:+.4f} bits per byte{interval} against the adapter at the start, which needs "
-            f"{report['start']['bits_per_byte']:.4f}: {verdict}."
+    if ours := r["columns"].get("adapter"):
+        d, began = r["difference_from_start"], r["began"]
+        against = d or r["difference"]
+        other = r["columns"][began if d else "base"] if against else None
+        line = f"The mean reward of answers to {r['prompts']} held-out prompts is {ours['mean']:.4f} after GRPO"
+        if against:
+            verdict = _reward_verdict(against)
+            line += f", of the {other['label']} {other['mean']:.4f}: {against['reward']:+.4f}{_signed(against['interval_95'])}, {verdict}"
+        if d and began == "start" and "base" in r["columns"]:
+            line += f". The base's is {r['columns']['base']['mean']:.4f}"
+        lines.append(f"{line}.")
+    return [*lines, *(f"Not judged: {why}." for why in r["left_out"])]
+
+
+def _reward_verdict(difference: Mapping[str, Any]) -> str:
+    return f"which is {difference['verdict']}" if difference["verdict"] else _too_few(difference["prompts"], "prompts")
+
+
+def _pairs_line(report: Mapping[str, Any]) -> list[str]:
+    """Reward accuracy; nothing for a run whose data are no pairs."""
+    p = report.get("preferences")
+    if not p or not (r := p["rewards"]):
+        return []
+    accuracy = f"{r['accuracy']:.1%}{_interval(r['interval_95'], '.1%')}"
+    return [
+        f"Of {p['pairs']:,} held-out pairs the chosen answer's reward, against the {r['start']}, is the higher one in {accuracy}: "
+        f"{accuracy_verdict(p)}. The mean margin is {r['margin']:+.4f}."
+    ]
+
+
+def accuracy_verdict(preferences: Mapping[str, Any]) -> str:
+    """`better than chance`, or that there are too few trees to know."""
+    verdict = preferences["rewards"]["verdict"]
+    if verdict is None:
+        return f"{_too_few(preferences['trees'])}; chance gives 50 %"
+    return f"{verdict} {'from' if verdict.startswith('not') else 'than'} chance, which gives 50 %"
+
+
+def _likelier_line(report: Mapping[str, Any]) -> list[str]:
+    """Who finds the chosen answer of held-out pairs likelier."""
+    if not (p := report.get("preferences")):
+        return []
+    told = ", ".join(f"{one['label']} {one['prefers_chosen']:.1%}" for one in p["columns"].values())
+    left_out = f" {p['left_out']:,} more pairs do not fit." if p["left_out"] else ""
+    return [f"The chosen answer is the likelier one: {told}.{left_out}"]
+
+
+def pair_lines(report: Mapping[str, Any]) -> list[str]:
+    """All that is said of held-out pairs."""
+    return [*_pairs_line(report), *_likelier_line(report)]
+
+
+def _too_few(count: int, what: str = "trees") -> str:
+    return f"too few {what} ({count}) for a verdict"
+
+
+def _interval(edges: Sequence[float] | None, form: str) -> str:
+    return f" (95 % interval {edges[0]:{form}} to {edges[1]:{form}})" if edges else ""
+
+
+def _signed(edges: Sequence[float] | None) -> str:
+    return _interval(edges, "+.4f")
+
+
+def reward_rows(report: Mapping[str, Any]) -> list[tuple[str, list[float], float | None]]:
+    """(reward, its mean in each column, its weight) and the weighted sum of them, in the order of `reward_labels`."""
+    if not (r := report.get("rewards")) or not r["columns"]:
+        return []
+    columns = r["columns"].values()
+    rows = [(name, [one["each"][name] for one in columns], weight) for name, weight in r["weights"].items()]
+    return [*rows, ("reward, the weighted sum", [one["mean"] for one in columns], None)]
+
+
+def reward_facts(report: Mapping[str, Any]) -> list[str]:
+    """How the answers were judged, in sentences."""
+    r, asked = report["rewards"], report["answers"]
+    d = r["difference_from_start"] or r["difference"]
+    facts = [
+        f"Judged by the recipe's rewards: {r['in_words']}. {r['prompts']} held-out prompts, greedy answers of up to "
+        f"{asked['max_new_tokens']:,} tokens; in training they are sampled.",
+    ]
+    if d:
+        facts.append(
+            f"The interval is a paired bootstrap over the prompts, one of a tree ({d['samples']:,} samples); the reward is higher than "
+            f"before on {d['higher']} of them, lower on {d['lower']}."
         )
-    if (asked := report.get("answers")) and "start" in asked["columns"]:
-        columns = asked["columns"].values()
-        told = ", ".join(f"{one['label']} {one['concise']:.0%} ({one['mean_words']:.0f} words in the mean)" for one in columns)
-        lines.append(f"Of {len(asked['prompts'])} answers, ended by themselves within {asked['concise_words']} words: {told}.")
-    return lines
-
-
-def pair_lines(report: dict[str, Any]) -> list[str]:
-    """Who prefers the chosen answer of held-out pairs; nothing for a run whose data are no pairs."""
-    lines = []
-    if p := report.get("preferences"):
-        if r := p["rewards"]:
-            interval = f" (95 % interval {r['interval_95'][0]:.1%} to {r['interval_95'][1]:.1%})" if r["interval_95"] else ""
-            lines.append(
-                f"Of {p['pairs']:,} held-out pairs the chosen answer's reward is the higher one in {r['accuracy']:.1%}{interval}; "
-                f"chance gives 50 %. The mean margin is {r['margin']:+.4f}."
-            )
-        told = ", ".join(f"{one['label']} {one['prefers_chosen']:.1%}" for one in p["columns"].values())
-        left_out = f" {p['left_out']:,} more pairs do not fit." if p["left_out"] else ""
-        lines.append(f"The chosen answer is the likelier one: {told}.{left_out}")
-    return lines
+    return [*facts, *(f"Not judged: {why}." for why in r["left_out"])]
 
 
 def preference_facts(report: dict[str, Any]) -> list[str]:
@@ -139,23 +241,16 @@ def result_table(report: dict[str, Any]) -> Table:
 def markdown(report: dict[str, Any]) -> str:
     """report.md."""
     columns = shown_columns(report)
-    lines = ["# Evaluation", "", headline(report), ""]
-    for line in [*start_lines(report), *pair_lines(report)]:
+    lines = ["# Evaluation", ""]
+    for line in findings(report):
         lines += [line, ""]
-    lines += ["| format | " + " | ".join(label for _, label in columns) + " |", "|---|" + "---:|" * len(columns)]
-    for name, cells in report["formats"].items():
-        lines.append(f"| {name} | " + " | ".join(_cell(cells.get(column)) for column, _ in columns) + " |")
-    lines += ["", "Bits per byte of the answers' content (perplexity per token in brackets). Lower is better.", ""]
+    lines += scores_section(report, columns) if columns else []
     lines += [f"**{line[0].upper()}{line[1:]}**\n" for line in left_out_lines(report)]
     lines += ["## What was measured", "", *(f"- {line}" for line in facts(report)), ""]
     if report["slices"]:
-        with_base = "base" in report["slices"][0]
-        lines += ["## Slices", "", "| by | slice | answers | base | adapter | difference |", "|---|---|---:|---:|---:|---:|"]
-        for row in report["slices"]:
-            base = f"{row['base']:.4f} | " if with_base else "- | "
-            difference = f"{row['adapter'] - row['base']:+.4f}" if with_base else "-"
-            lines.append(f"| {row['by']} | {row['slice']} | {row['answers']} | {base}{row['adapter']:.4f} | {difference} |")
-        lines += ["", "Bits per byte. Small slices say little: the interval above is for all answers together.", ""]
+        lines += slices_section(report)
+    if report.get("rewards"):
+        lines += rewards_section(report)
     if report.get("preferences"):
         lines += preference_section(report)
     if rows := benchmark_rows(report):
@@ -168,8 +263,8 @@ def markdown(report: dict[str, Any]) -> str:
     if report.get("answers"):
         columns = report["answers"]["columns"].values()
         lines += ["## Answers", "", "| | " + " | ".join(column["label"] for column in columns) + " |", "|---|" + "---:|" * len(columns)]
-        within = f"end within {report['answers']['concise_words']} words"
-        for name, key in (("end by themselves", "stopped"), (within, "concise"), ("repetition", "repetition")):
+        within = [(f"end within {limit} words", "concise")] if (limit := report["answers"]["concise_words"]) is not None else []
+        for name, key in (("end by themselves", "stopped"), *within, ("repetition", "repetition")):
             lines.append(f"| {name} | " + " | ".join(f"{column[key]:.0%}" for column in columns) + " |")
         for name, key in (("words, mean", "mean_words"), ("words, median", "median_words")):
             lines.append(f"| {name} | " + " | ".join(f"{column[key]:.0f}" for column in columns) + " |")
@@ -182,6 +277,51 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append("")
     lines += ["## Made by", "", *(f"- {key}: {value}" for key, value in report["made_by"].items()), ""]
     return "\n".join(lines)
+
+
+def scores_section(report: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> list[str]:
+    """Of report.md."""
+    lines = ["| format | " + " | ".join(label for _, label in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, cells in report["formats"].items():
+        lines.append(f"| {name} | " + " | ".join(_cell(cells.get(column)) for column, _ in columns) + " |")
+    return [*lines, "", "Bits per byte of the answers' content (perplexity per token in brackets). Lower is better.", ""]
+
+
+def compared_columns(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(key, label) of a slice's columns: base, start and adapter, whichever there are."""
+    labels = (("base", "base"), ("start", "start"), ("adapter", "adapter"))
+    return [(name, label) for name, label in labels if report["slices"] and name in report["slices"][0]]
+
+
+def before_of(row: Mapping[str, Any]) -> float | None:
+    """What a slice's adapter is compared with: the start, where training began with an adapter, else the base."""
+    return row["start"] if "start" in row else row.get("base")
+
+
+def slices_section(report: Mapping[str, Any]) -> list[str]:
+    """Of report.md."""
+    columns = compared_columns(report)
+    to = "difference to the start" if "start" in dict(columns) else "difference"
+    lines = ["## Slices", "", f"| by | slice | answers | {' | '.join(label for _, label in columns)} | {to} |"]
+    lines.append("|---|---|---:|" + "---:|" * (len(columns) + 1))
+    for row in report["slices"]:
+        cells = " | ".join("-" if row[name] is None else f"{row[name]:.4f}" for name, _ in columns)
+        difference = "-" if (before := before_of(row)) is None else f"{row['adapter'] - before:+.4f}"
+        lines.append(f"| {row['by']} | {row['slice']} | {row['answers']} | {cells} | {difference} |")
+    return [*lines, "", "Bits per byte. Small slices say little: the interval above is for all answers together.", ""]
+
+
+def rewards_section(report: Mapping[str, Any]) -> list[str]:
+    """Of report.md."""
+    labels = [one["label"] for one in report["rewards"]["columns"].values()]
+    lines = ["## Rewards", ""]
+    if rows := reward_rows(report):
+        lines += ["| reward | weight | " + " | ".join(labels) + " |", "|---|---:|" + "---:|" * len(labels)]
+        for name, values, weight in rows:
+            shown = "" if weight is None else f"{weight:g}"
+            lines.append(f"| {name.replace('|', ' ')} | {shown} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+        lines.append("")
+    return [*lines, *(f"- {line}" for line in reward_facts(report)), ""]
 
 
 def preference_section(report: dict[str, Any]) -> list[str]:
@@ -213,6 +353,8 @@ def facts(report: dict[str, Any]) -> list[str]:
     """What was measured, in sentences."""
     data = report["data"]
     scored = report["adapter"] or report["base"]
+    if scored is None:
+        return [f"Data: {data['name']}. {NOTHING_SCORED}"]
     chosen = " chosen" if report.get("preferences") else ""
     facts = [
         f"Data: {data['name']}; {data['answers']:,}{chosen} answers in {data['conversations']:,} conversations of {data['trees']} trees, "

@@ -25,15 +25,19 @@ from qlora_suite.funnel import reading_rows, split_rows
 from qlora_suite.loss_unit import loss_unit
 from qlora_suite.recipe_file import to_yaml
 from qlora_suite.report import (
+    METHODS,
+    before_of,
     benchmark_cell,
     benchmark_rows,
+    compared_columns,
     facts,
-    headline,
+    findings,
     left_out_lines,
     pair_lines,
     preference_facts,
+    reward_facts,
+    reward_rows,
     shown_columns,
-    start_lines,
 )
 from qlora_suite.sample_answers import words
 from qlora_suite.selection import SPLITS
@@ -52,6 +56,8 @@ QUANTILES = (
     ("90 % are below", 0.9),
     ("highest", 1.0),
 )
+SHOWN_PAIRS = 3
+"""Of either kind: right, wrong."""
 OPEN_PROMPTS = 9
 """With their answers; where there are more, the others are a click away."""
 MOST_CHARS = 1500
@@ -69,6 +75,7 @@ def environment() -> Environment:
     )
     made.finalize = lambda value: value if isinstance(value, Markup) else _printable(value)
     made.filters["clipped"] = clipped
+    made.globals["before_of"] = before_of
     return made
 
 
@@ -113,17 +120,19 @@ def report_page(
         kind="run" if subject.report == "report" else "base" if subject.report == "report-base" else "trained elsewhere",
         base_name=subject.recipe.model.base,
         report=report,
-        headline=headline(report),
-        sentences=start_lines(report),
+        findings=findings(report),
+        heroes=heroes(report),
         left_out=left_out_lines(report),
         facts=facts(report),
-        scale=_scale(report),
+        scales=[scale for scale in (_aim_scale(report), _scale(report)) if scale],
         formats=_formats(report),
         tiles=_tiles(report),
         curves=curves(journals.get("metrics", []), journals.get("previews", [])),
         incidents=report.get("incidents") or [],
         differences=differences(report, conversations),
-        preferences=preferences(report),
+        compared=compared_columns(report),
+        preferences=preferences(report, conversations),
+        rewards=rewards(report),
         previews=_timeline(journals.get("previews", [])),
         answers=answers(report),
         end_tokens=_end_tokens(report),
@@ -137,6 +146,112 @@ def report_page(
 
 
 # --- parts
+
+
+def heroes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The large numbers, what the training aimed at first: a line above them, (kind, number) pairs, badges (verdict, words), a line below.
+
+    A badge says what it compares with: a run may be better than its base and worse than what it began with.
+    """
+    return [one for one in (_accuracy_hero(report), _reward_hero(report), _bits_hero(report)) if one]
+
+
+def _accuracy_hero(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    p = report["preferences"]
+    if not p or not (r := p["rewards"]):
+        return None
+    of = f"{METHODS[report['tuning']]} · r" if report.get("tuning") else "R"
+    return {
+        "unit": f"{of}eward accuracy on {p['pairs']:,} held-out pairs; chance gives 50 %",
+        "numbers": [("to", f"{r['accuracy']:.1%}")],
+        "badges": _badge(r["verdict"], "chance") or (("", f"too few trees ({p['trees']})"),),
+        "note": f"By how much likelier the chosen and the rejected answer have become than for the {r['start']}.",
+    }
+
+
+def _reward_hero(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    r = report.get("rewards")
+    if not r or "adapter" not in r["columns"]:
+        return None
+    to_start = r["difference_from_start"] if r["began"] == "start" else None
+    badges = [_badge(d["verdict"], other) for d, other in ((to_start, "the start"), (r["difference"], "the base")) if d]
+    few = (("", f"too few prompts ({r['prompts']})"),)
+    return {
+        "unit": f"GRPO · mean reward of answers to {r['prompts']:,} held-out prompts, higher is better",
+        "numbers": [(_KINDS[name], f"{one['mean']:.3f}") for name, one in r["columns"].items()],
+        "badges": [one for of_each in badges for one in of_each] if all(badges) else few,
+        "note": f"{' → '.join(one['label'] for one in r['columns'].values()).capitalize()}.",
+    }
+
+
+def _bits_hero(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    sides = {name: report[name] for name in _KINDS if report[name]}
+    if not sides:
+        return None
+    to_start, to_base, base = report["difference_from_start"], report["difference"], report["base"]
+    note = ""
+    if base and report["adapter"]:
+        labels = report["labels"]
+        between = f" → {labels['start']}" if report["start"] else ""
+        chosen = " Of the pairs' chosen answers." if report["preferences"] else ""
+        ours = f"{labels['adapter']} ({report['adapter']['format']})"
+        note = f"Base at its best ({base['format']}, {labels[base['column']]}){between} → {ours}.{chosen}"
+    return {
+        "unit": "Bits per byte of held-out answers, lower is better",
+        "numbers": [(_KINDS[name] if report["adapter"] else "to", f"{side['bits_per_byte']:.4f}") for name, side in sides.items()],
+        "badges": [*_badge(to_start and to_start["verdict"], "the start"), *_badge(to_base and to_base["verdict"], "the base")],
+        "note": note,
+    }
+
+
+_KINDS = {"base": "from", "start": "start", "adapter": "to"}
+"""Of the numbers, for the style sheet."""
+_COLOURS = {"start": "violet"}
+"""Of the columns whose name is no colour."""
+
+
+def _badge(verdict: str | None, other: str) -> tuple[tuple[str, str], ...]:
+    """(class of its colour, words), or none."""
+    return ((verdict, f"{verdict} {'from' if verdict.startswith('not') else 'than'} {other}"),) if verdict else ()
+
+
+def rewards(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of a run of GRPO: each reward of base, start and run, and what it was before and is now, prompt by prompt."""
+    if not (r := report.get("rewards")):
+        return None
+    rows, names = reward_rows(report), list(r["columns"])
+    shown = {
+        "labels": [one["label"] for one in r["columns"].values()],
+        "rows": [
+            (name if weight in (None, 1) else f"{weight:g} × {name}, before its weight", [f"{value:.4f}" for value in values])
+            for name, values, weight in rows
+        ],
+        "facts": reward_facts(report),
+        "strips": None,
+    }
+    if names:
+        places = [place for place, prompt in enumerate(report["answers"]["prompts"]) if prompt["held_out"]]
+        answers = {name: report["answers"]["columns"][name]["answers"] for name in names}
+        strips = [(r["columns"][n]["label"], [answers[n][place]["reward"] for place in places], _COLOURS.get(n, n)) for n in names]
+        shown["strips"] = charts.strips(strips, "reward of each answer", "reward")
+    return shown
+
+
+def _aim_scale(report: Mapping[str, Any]) -> Markup | None:
+    """Of what preference tuning aimed at: reward accuracy against chance, or the differences of the mean reward against none."""
+    if (p := report["preferences"]) and (r := p["rewards"]) and r["interval_95"]:
+        low, high = (100 * edge for edge in r["interval_95"])
+        row = Interval("reward accuracy", 100 * r["accuracy"], low, high, colour=_colour(r["verdict"]))
+        return charts.intervals([row], "reward accuracy and its 95 % interval, against chance", "% of the pairs", mark=50.0)
+    if r := report.get("rewards"):
+        to_start = r["difference_from_start"] if r["began"] == "start" else None
+        sides = (("against the base", r["difference"]), ("against the start", to_start))
+        found = [
+            Interval(name, d["reward"], *d["interval_95"], colour=_colour(d["verdict"])) for name, d in sides if d and d["interval_95"]
+        ]
+        label = "the difference of the mean reward and its 95 % interval, against zero"
+        return charts.intervals(found, label, "mean reward, adapter − other", mark=0.0) if found else None
+    return None
 
 
 def _scale(report: Mapping[str, Any]) -> Markup | None:
@@ -153,12 +268,11 @@ def _scale(report: Mapping[str, Any]) -> Markup | None:
 
 def _formats(report: Mapping[str, Any]) -> dict[str, Any]:
     columns = shown_columns(report)
-    found = [cell["bits_per_byte"] for cells in report["formats"].values() for cell in cells.values()]
     rows = [
         (name, [cells.get(column) for column, _ in columns], [_is_compared(report, name, column) for column, _ in columns])
         for name, cells in report["formats"].items()
     ]
-    return {"labels": [label for _, label in columns], "rows": rows, "best": min(found)}
+    return {"labels": [label for _, label in columns], "rows": rows}
 
 
 def _is_compared(report: Mapping[str, Any], name: str, column: str) -> bool:
@@ -173,7 +287,7 @@ def _is_compared(report: Mapping[str, Any], name: str, column: str) -> bool:
 def _tiles(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Small numbers under the headline: what, and its value of base -> start -> adapter."""
     sides = [report[name] for name in ("base", "start", "adapter")]
-    asked = report.get("answers") or {"columns": {}, "concise_words": 0}
+    asked = report.get("answers") or {"columns": {}, "concise_words": None}
     answered = [asked["columns"].get(name) for name in ("base", "start", "adapter")]
     tiles: list[dict[str, Any]] = []
 
@@ -181,27 +295,35 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         if found := [write(of_side[key]) for of_side in values if of_side]:
             tiles.append({"label": label, "values": found})
 
-    if d := report["difference"]:
-        tiles.append({"label": "Trees on which the adapter is better", "values": [f"{d['better_trees']} of {d['trees']}"]})
+    than_base = " than the base" if report["start"] else ""
+    for d, other in ((report["difference_from_start"], " than at the start"), (report["difference"], than_base)):
+        if d:
+            tiles.append({"label": f"Trees on which the adapter is better{other}", "values": [f"{d['better_trees']} of {d['trees']}"]})
     if (p := report["preferences"]) and p["rewards"]:
-        tiles.append({"label": f"Reward accuracy on {p['pairs']:,} held-out pairs", "values": [f"{p['rewards']['accuracy']:.1%}"]})
+        tiles.append({"label": "Mean margin of a pair", "values": [f"{p['rewards']['margin']:+.4f}"]})
+    if (r := report.get("rewards")) and r["columns"]:
+        sides_of = [r["columns"].get(name) for name in ("base", "start", "adapter")]
+        for name in r["weights"] if len(r["weights"]) > 1 else ():
+            add(f"Reward {name}, mean", [side and side["each"] for side in sides_of], name, lambda v: f"{v:.3f}")
     add("Perplexity per token", sides, "perplexity", lambda v: f"{v:,.2f}")
     count, limit = len(asked.get("prompts", ())), asked["concise_words"]
     add(f"Of {count} answers, ended by themselves", answered, "stopped", lambda v: f"{v * count:.0f}")
-    add(f"Of {count}, ended within {limit} words", answered, "concise", lambda v: f"{v * count:.0f}")
+    if limit is not None:
+        add(f"Of {count}, ended within {limit} words", answered, "concise", lambda v: f"{v * count:.0f}")
     if report["start"]:
         add("Words of an answer, mean", answered, "mean_words", lambda v: f"{v:.0f}")
     add("Repetition in answers", answered, "repetition", lambda v: f"{v:.0%}")
     return tiles
 
 
-def preferences(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Of held-out pairs: who prefers what, and the picture of the margins."""
+def preferences(report: Mapping[str, Any], conversations: Sequence[Conversation]) -> dict[str, Any] | None:
+    """Of held-out pairs: who prefers what, the picture of the margins, and the pairs at its ends with their text."""
     p = report["preferences"]
     if not p:
         return None
-    shown = {"facts": preference_facts(report), "sentence": " ".join(pair_lines(report)), "margins": None}
+    shown = {"facts": preference_facts(report), "sentence": " ".join(pair_lines(report)), "margins": None, "ends": []}
     if p["rewards"]:
+        shown["ends"] = _ends(p["rows"], conversations)
         margins = [row["margin"] for row in p["rows"]]
         label = "pairs by their margin"
         shown["margins"] = charts.histogram(margins, label, "margin: reward of the chosen − of the rejected answer", more_is_better=True)
@@ -210,6 +332,17 @@ def preferences(report: Mapping[str, Any]) -> dict[str, Any] | None:
             rows = [replace(rows[0], low=100 * edges[0], high=100 * edges[1])]
         shown["accuracy"] = charts.intervals(rows, "reward accuracy and its 95 % interval, against chance", "% of the pairs", mark=50.0)
     return shown
+
+
+def _ends(rows: Sequence[Mapping[str, Any]], conversations: Sequence[Conversation]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """The pairs of the largest margins and of the smallest: a title, the class of its colour, the pairs with their texts."""
+    texts = {(c.key, c.group): c for c in conversations if c.rejected is not None}
+    known = [{**row, "of": texts[row["key"], row["tree"]]} for row in rows if (row["key"], row["tree"]) in texts]
+    ordered = sorted(known, key=lambda row: row["margin"])
+    right = [row for row in ordered[::-1][:SHOWN_PAIRS] if row["margin"] > 0]
+    wrong = [row for row in ordered[:SHOWN_PAIRS] if row["margin"] < 0]
+    both = (("Most clearly right", "better-text", right), ("Most clearly wrong", "worse-text", wrong))
+    return [one for one in both if one[2]]
 
 
 def _colour(verdict: str | None) -> str:
@@ -260,11 +393,14 @@ def curves(metrics: Sequence[Mapping[str, Any]], previews: Sequence[Mapping[str,
 
 
 def differences(report: Mapping[str, Any], conversations: Sequence[Conversation]) -> dict[str, Any] | None:
-    """The histogram, and the conversations at its ends with their text."""
+    """The histogram, and the conversations at its ends with their text: of the run against its start, which is what its training did,
+    or, of a new adapter, against the base.
+    """
+    before = "start" if report["difference_from_start"] else "base"
     rows = [
-        {**row, "change": (row["adapter_nats"] - row["base_nats"]) / LN2 / row["bytes"]}
+        {**row, "change": (row["adapter_nats"] - row[f"{before}_nats"]) / LN2 / row["bytes"]}
         for row in report["conversations"]
-        if "adapter_nats" in row and "base_nats" in row and row["bytes"]
+        if "adapter_nats" in row and f"{before}_nats" in row and row["bytes"]
     ]
     if not rows:
         return None
@@ -276,8 +412,7 @@ def differences(report: Mapping[str, Any], conversations: Sequence[Conversation]
         return [
             {
                 **row,
-                "base": row["base_nats"] / LN2 / row["bytes"],
-                "adapter": row["adapter_nats"] / LN2 / row["bytes"],
+                **{side: row[f"{side}_nats"] / LN2 / row["bytes"] for side in ("base", "start", "adapter") if f"{side}_nats" in row},
                 "turns": texts[row["key"], row["tree"]].turns if (row["key"], row["tree"]) in texts else (),
             }
             for row in chosen
@@ -286,7 +421,8 @@ def differences(report: Mapping[str, Any], conversations: Sequence[Conversation]
     improved = [row for row in ordered if row["change"] < 0]
     worsened = [row for row in reversed(ordered) if row["change"] > 0]
     return {
-        "svg": charts.histogram(changes, "conversations by their difference in bits per byte", "bits per byte, adapter − base"),
+        "svg": charts.histogram(changes, "conversations by their difference in bits per byte", f"bits per byte, adapter − {before}"),
+        "before": before,
         "count": len(rows),
         "num_improved": len(improved),
         "num_worsened": len(worsened),
@@ -319,13 +455,12 @@ def answers(report: Mapping[str, Any]) -> dict[str, Any] | None:
     names = list(columns)
     rows = [{**prompt, "answers": [columns[name]["answers"][i] for name in names]} for i, prompt in enumerate(asked["prompts"])]
     references = [words(prompt["reference"]) for prompt in asked["prompts"] if prompt["reference"]]
-    colours = {"start": "violet"}
-    strips = [(columns[n]["label"], [words(one["text"]) for one in columns[n]["answers"]], colours.get(n, n)) for n in names]
+    strips = [(columns[n]["label"], [words(one["text"]) for one in columns[n]["answers"]], _COLOURS.get(n, n)) for n in names]
     if references:
         strips.append(("people", references, "muted"))
     measured = [
         ("End by themselves", [f"{columns[n]['stopped']:.0%}" for n in names]),
-        (f"End by themselves within {limit} words", [f"{columns[n]['concise']:.0%}" for n in names]),
+        *([(f"End by themselves within {limit} words", [f"{columns[n]['concise']:.0%}" for n in names])] if limit is not None else []),
         ("Mean length, words", [f"{columns[n]['mean_words']:,.0f}" for n in names]),
         ("Median length, words", [f"{columns[n]['median_words']:,.0f}" for n in names]),
         ("Repetition: 4-token windows that stood there before", [f"{columns[n]['repetition']:.0%}" for n in names]),
@@ -339,7 +474,8 @@ def answers(report: Mapping[str, Any]) -> dict[str, Any] | None:
         "max_new_tokens": asked["max_new_tokens"],
         "open": OPEN_PROMPTS if len(rows) > OPEN_PROMPTS + 2 else len(rows),
         "concise_words": limit,
-        "lengths": charts.strips(strips, f"words of each answer, with a line at {limit}", "words", mark=limit),
+        "lengths": charts.strips(strips, "words of each answer" + (f", with a line at {limit}" if limit else ""), "words", mark=limit),
+        "of_base": "base" in names,
     }
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qlora_suite import adapter, black_box, checkpoint, compatibility, disk_space, generation, micro_batch
+from qlora_suite import adapter, black_box, checkpoint, compatibility, disk_space, generation, micro_batch, stages
 from qlora_suite.batches import Limit, Order
 from qlora_suite.checkpoint import State
 from qlora_suite.engine import Engine
@@ -226,6 +226,7 @@ class Run:
                 self._about = {
                     "recipe": self.recipe.model_dump(mode="json"),
                     "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
+                    "num_rows": order.num_rows,
                     "parameters": vars(sizes),
                     "base": self.status.identity.get(BASE),
                     "servable_as": servable,
@@ -240,6 +241,7 @@ class Run:
                     "versions": {"python": platform.python_version(), **versions()},
                     "git": git_state(),
                     "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                    "stages_before": stages.record(stages.stages_before(self.recipe)),
                     "attempt": self.status.attempt,
                 }
                 write_json(self.path / "run.json", self._about)

@@ -80,23 +80,23 @@ def chosen_prompts(conversations: Sequence[Conversation], renderer: Renderer, co
 
 
 def _opening(conversation: Conversation, is_plain_text: bool) -> Prompt | None:
-    """The turns before the first answer, with this answer; None if there are none."""
-    place = next((i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"), None)
-    if place is None:
-        return None
-    reference = conversation.turns[place].content
+    """The turns before the first answer, with this answer if it is there; None if there are none."""
+    turns = conversation.turns
+    place = next((i for i, turn in enumerate(turns) if turn.role == "assistant"), len(turns))
+    reference = turns[place].content if place < len(turns) else ""
     if is_plain_text:
         words = reference.split(" ")
         opening, rest = " ".join(words[:OPENING_WORDS]), " ".join(words[OPENING_WORDS:])
         return Prompt((Turn("user", opening),), held_out=True, reference=rest) if rest else None
-    before = conversation.turns[:place]
-    return Prompt(before, held_out=True, reference=reference) if before and before[-1].role == "user" else None
+    before = turns[:place]  # data of prompts alone has no answer, or an empty one
+    return Prompt(before, held_out=True, reference=reference or None) if before and before[-1].role == "user" else None
 
 
-def concise_words(recipe: Recipe) -> int:
-    """How many words make an answer concise: what the run was rewarded for, or the task's 100."""
-    rewards = recipe.grpo.rewards if getattr(recipe, "grpo", None) else ()
-    return min((reward.words for reward in rewards if reward.name == "within_words"), default=CONCISE_WORDS)
+def concise_words(recipe: Recipe) -> int | None:
+    """How many words make an answer concise: what the run was rewarded for, or the task's 100; None if it was rewarded for other things."""
+    if recipe.grpo is None:
+        return CONCISE_WORDS
+    return min((reward.words for reward in recipe.grpo.rewards if reward.name == "within_words"), default=None)
 
 
 def answer_all(
@@ -165,7 +165,7 @@ def read_answers(file: Path) -> list[Answer]:
     return [Answer(**values) for values in read_json(file)]
 
 
-def as_column(answers: Sequence[Answer], limit: int) -> dict[str, Any]:
+def as_column(answers: Sequence[Answer], limit: int | None) -> dict[str, Any]:
     """As they stand in report.json: what was counted, and the answers."""
     return {**measures(answers, limit), "answers": [asdict(one) for one in answers]}
 
@@ -174,11 +174,11 @@ def words(text: str) -> int:
     return len(text.split())
 
 
-def measures(answers: Sequence[Answer], limit: int = CONCISE_WORDS) -> dict[str, Any]:
-    """What can be counted of answers without judging them; `concise` is one that ends by itself within so many words."""
+def measures(answers: Sequence[Answer], limit: int | None = CONCISE_WORDS) -> dict[str, Any]:
+    """What can be counted of answers without judging them; `concise` is one that ends by itself within so many words (None: no limit)."""
     return {
         "stopped": sum(one.stopped for one in answers) / len(answers),
-        "concise": sum(one.stopped and words(one.text) <= limit for one in answers) / len(answers),
+        "concise": None if limit is None else sum(one.stopped and words(one.text) <= limit for one in answers) / len(answers),
         "mean_words": statistics.fmean(words(one.text) for one in answers),
         "median_words": statistics.median(words(one.text) for one in answers),
         "repetition": statistics.fmean(one.repetition for one in answers),

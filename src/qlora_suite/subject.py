@@ -7,7 +7,7 @@ columns_of(subject, dtype, ours, of_base)           the models to compare
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from qlora_suite.recipe import Chat, Model, Recipe
 from qlora_suite.recipe_file import load
 from qlora_suite.role_markers import ASSISTANT, PROMPTER, RoleMarkers, add_role_markers
 from qlora_suite.run_facts import START, prepared_tokenizer
+from qlora_suite.stages import Stage, longest, noted_in, stages_before
 from qlora_suite.template_source import IM_END, IM_START, is_chatml
 from qlora_suite.tracking import say
 
@@ -51,6 +52,14 @@ class Subject:
     elsewhere: bool = False
     """Not made by this recipe: with a tokenizer of its own."""
     chosen_by: str = "its maker"
+    before: tuple[Stage, ...] = ()
+    """Of a run that began with another one's adapter: the earlier ones, the latest first, as far as they are known."""
+    window: int | None = None
+    """The longest prompt and answer together when it is asked or served, in tokens; None: data.max_length of the recipe."""
+
+    @property
+    def asked_within(self) -> int:
+        return self.window or self.recipe.data.max_length
 
 
 @dataclass(frozen=True)
@@ -95,12 +104,27 @@ def subject_of(
     if complaint := complaint_about_checkpoint(final):
         raise ValueError(f"{final} is damaged ({complaint}); remove it, and scripts/train.py makes it again from the run's checkpoints")
     made = {"model" if recipe.adapter == "none" else "adapter": str(final)}
-    return Subject(recipe, target, "report", recipe.chat.format, **made, chosen_by=read_json(final / "chosen.json")["chosen_by"])
+    made_in = Subject(recipe, target, "report", recipe.chat.format, **made, chosen_by=read_json(final / "chosen.json")["chosen_by"])
+    before = tuple(_stages_before(made_in))
+    asked_for = any(override.partition("=")[0].strip() == "data.max_length" for override in overrides)
+    return replace(made_in, before=before, window=None if asked_for else longest(recipe, before))
+
+
+def _stages_before(subject: Subject) -> list[Stage]:
+    """As the run noted them, or as they are found where one of an earlier version began, if that is what it began with."""
+    if (noted := noted_in(subject.folder)) is not None:
+        return noted
+    start, gone = start_of(subject)
+    if start is None or gone:
+        return [Stage(subject.recipe.adapter.start_from)] if start else []
+    return stages_before(subject.recipe)
 
 
 def _file_name(place: str) -> str:
-    """The last part of a path or hub id, fit for a file's name."""
-    last = Path(place).resolve().name if os.path.exists(place) else place.rpartition("/")[2]  # Path.exists() raises for a long name
+    """The last part of a path or hub id, fit for a file's name; of a run's result, the run's."""
+    path = Path(place).resolve() if os.path.exists(place) else None  # Path.exists() raises for a long name
+    path = path.parent if path and path.name == "final" and (path.parent / "recipe.yaml").is_file() else path
+    last = path.name if path else place.rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "other"
     return name if len(name) <= LONGEST_REPORT_NAME else f"{name[: LONGEST_REPORT_NAME - 9]}-{hash_of(last)[:8]}"
 
