@@ -429,7 +429,7 @@ def rewarded(subject: Subject, asked: dict[str, Any], texts: Sequence[str], bega
     say(f"rewards    {told(rewards)}")
     identity = {} if subject.report != "report" else read_json(subject.folder / "status.json").get("identity") or {}
     judges, left_out = judges_at_hand(rewards, identity)
-    judge_answers({name: column["answers"] for name, column in asked["columns"].items()}, texts, judges, left_out)
+    judge_answers(asked, texts, judges, left_out)
     began = began if began in (None, "start") else "base"  # it answers as it was trained on
     return {"in_words": told(rewards), **summary(asked, judges, left_out, began, samples)}
 

@@ -110,10 +110,12 @@ def test_worse_is_worse(report: dict[str, Any]) -> None:
 
 
 def test_a_judge_is_given_all_that_stood_before_the_answer(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("def asked(answer):\n    return float(answer.prompt.startswith('<|prompter|>'))\n")
+    said = "answer.prompt.startswith('<|prompter|>') and answer.question == 'hi' and answer.expected == 'Hello.'"
+    (tmp_path / "own.py").write_text(f"def asked(answer):\n    return float({said})\n")
     judges = judges_of([Reward(path=f"{tmp_path}/own.py:asked")])
     answers = [{"text": "a", "num_tokens": 1, "stopped": True, "repetition": 0.0} for _ in range(2)]
-    judge_answers({"adapter": answers}, ["<|prompter|> hi", "hi"], judges, [])
+    prompts = [{"prompt": "hi", "reference": "Hello."}] * 2
+    judge_answers({"prompts": prompts, "columns": {"adapter": {"answers": answers}}}, ["<|prompter|> hi", "hi"], judges, [])
     assert [one["reward"] for one in answers] == [1.0, 0.0]
 
 
@@ -122,7 +124,8 @@ def test_a_reward_that_fails_is_left_out_with_a_word(tmp_path: Path) -> None:
     judges = judges_of([Reward(path=f"{tmp_path}/own.py:odd"), Reward(name="no_repetition", weight=2.0)])
     answers = [{"text": text, "num_tokens": 1, "stopped": True, "repetition": 0.25} for text in ("four", "two")]
     left_out: list[str] = []
-    judge_answers({"adapter": answers}, ["", ""], judges, left_out)
+    prompts = [{"prompt": "hi", "reference": None}] * 2
+    judge_answers({"prompts": prompts, "columns": {"adapter": {"answers": answers}}}, ["", ""], judges, left_out)
     assert list(judges) == ["no_repetition"]
     assert "ZeroDivisionError" in left_out[0]
     assert [(one["rewards"], one["reward"]) for one in answers] == [({"no_repetition": 0.75}, 1.5)] * 2

@@ -1,7 +1,7 @@
 """What answers to held-out prompts are worth to the rewards that a run of GRPO learnt from: of its base, of its start, and of itself.
 
     judges, left_out = judges_at_hand(recipe.grpo.rewards, identity)
-    judge_answers(answers, texts, judges, left_out)                    # each answer gets `rewards` and `reward`, their weighted sum
+    judge_answers(asked, texts, judges, left_out)                      # each answer gets `rewards` and `reward`, their weighted sum
     summary(asked, judges, left_out, began="start", samples=2000)      # as it stands in report.json under `rewards`
 
 Training samples its answers; these are greedy, to prompts that it has not seen. Their number of tokens is limited as in training.
@@ -16,7 +16,7 @@ from qlora_suite import rewards
 from qlora_suite.evaluation import MIN_TREES, over_trees
 from qlora_suite.generation import Answer
 from qlora_suite.recipe import Reward
-from qlora_suite.rewards import Judge
+from qlora_suite.rewards import Candidate, Judge
 
 Judges = dict[str, tuple[float, Judge]]
 
@@ -52,21 +52,25 @@ def judges_at_hand(wanted: Sequence[Reward], identity: Mapping[str, Any]) -> tup
     return rewards.judges_of(kept), left_out
 
 
-def judge_answers(columns: Mapping[str, Sequence[dict[str, Any]]], texts: Sequence[str], judges: Judges, left_out: list[str]) -> None:
-    """Write `rewards` (of each name, before its weight) and `reward` into each answer. `texts`: of each prompt, all that stood before it.
+def judge_answers(asked: Mapping[str, Any], texts: Sequence[str], judges: Judges, left_out: list[str]) -> None:
+    """Write `rewards` (of each name, before its weight) and `reward` into each answer of report.json's `answers`.
+
+    `texts`: of each prompt, all that stood before the answer.
 
     A reward that fails on one of them is taken out of `judges`, and why is added to `left_out`.
     """
+    columns = [column["answers"] for column in asked["columns"].values()]
     for name in list(judges):
         try:
-            for answers in columns.values():
-                for one, text in zip(answers, texts, strict=True):
-                    asked = Answer(text, *(one[key] for key in ("text", "num_tokens", "stopped", "repetition")))
-                    one.setdefault("rewards", {}).update(rewards.judged(asked, {name: judges[name]}))
+            for answers in columns:
+                for one, prompt, text in zip(answers, asked["prompts"], texts, strict=True):
+                    answer = Answer(text, *(one[key] for key in ("text", "num_tokens", "stopped", "repetition")))
+                    candidate = Candidate.of(answer, question=prompt["prompt"], expected=prompt["reference"])
+                    one.setdefault("rewards", {}).update(rewards.judged(candidate, {name: judges[name]}))
         except ValueError as why:
             left_out.append(str(why))
             del judges[name]
-    for answers in columns.values():
+    for answers in columns:
         for one in answers:
             one["rewards"] = {name: one["rewards"][name] for name in judges}
             one["reward"] = sum(weight * one["rewards"][name] for name, (weight, _) in judges.items())
