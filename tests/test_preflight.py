@@ -336,9 +336,12 @@ def test_remarks_of_the_start_stand_on_the_page(look: Look) -> None:
 @pytest.fixture(scope="module")
 def asks(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, oasst_file: Path) -> Path:
     """A recipe of GRPO whose data is prepared."""
-    grpo = "grpo={rewards: [{name: no_repetition}], group_size: 4, max_new_tokens: 12}"
+    folder = tmp_path_factory.mktemp("asks")
+    own = folder / "own.py"
+    own.write_text("def letters(answer):\n    return len(set(answer.text)) % 7 / 7\n")  # a random model's answers differ in it
+    grpo = f"grpo={{rewards: [{{path: '{own}:letters'}}], group_size: 4, max_new_tokens: 12}}"
     ours = ("data.packing=false", "chat.role_markers=text", "previews.prompts=[]", "train={rows_per_step: 4, max_steps: 8}", grpo)
-    return prepared(write_recipe(tmp_path_factory.mktemp("asks"), tiny_base, oasst_file, *ours))
+    return prepared(write_recipe(folder, tiny_base, oasst_file, *ours))
 
 
 @pytest.fixture(scope="module")

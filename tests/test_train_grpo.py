@@ -312,7 +312,7 @@ def test_the_reference_is_the_adapter_that_it_starts_from(recipe: Path, whole: P
     said = capsys.readouterr().out
     assert f"runs {recipe.parent / 'own.py'}" in said
     num_prompts = len(read_prompts(Rows(Path(load(recipe).data.prepared) / "train.arrow"), 244))
-    assert f"data       {num_prompts} prompts; 1 steps" in said
+    assert f"data       {num_prompts} prompts; 1 step\n" in said
     assert "step       4 prompts x 4 answers on " in said
     assert re.search(r"up to \d+ answers or [\d,]+ tokens at once", said)
     assert not re.search(r"rows on|rows or|supervised tokens", said)
