@@ -162,7 +162,7 @@ def _accuracy_hero(report: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     of = f"{METHODS[report['tuning']]} · r" if report.get("tuning") else "R"
     return {
-        "unit": f"{of}eward accuracy on {p['pairs']:,} held-out pairs; chance gives 50 %",
+        "unit": f"{of}eward accuracy on {p['pairs']:,} held-out pairs (chance: 50 %)",
         "numbers": [("to", f"{r['accuracy']:.1%}")],
         "badges": _badge(r["verdict"], "chance") or (("", f"too few trees ({p['trees']})"),),
         "note": f"By how much likelier the chosen and the rejected answer have become than for the {r['start']}.",
