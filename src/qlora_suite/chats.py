@@ -316,7 +316,7 @@ def _answered(get: _Values, name: str, reading: _Reading) -> tuple[Turn, ...]:
     if prompt is not None and not before:
         before = reading.turns(prompt, "prompt", names, context=True, may_be_text=True)
     after = [Turn("assistant", answer)] if isinstance(answer, str) else reading.turns(answer, name, names, may_be_text=True)
-    for key, value in (("prompt", prompt), (name, after[-1].content if after else "")):
+    for key, value in (("prompt", prompt), (name, after[-1].content if after else None)):
         if isinstance(value, str) and not value.strip():
             raise _Bad("empty", key, value)
     if len(after) > 1:
