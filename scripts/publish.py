@@ -52,10 +52,10 @@ from rich.table import Table
 
 from qlora_suite.base_origin import check_hub_id, licence_of, origin_of
 from qlora_suite.files import read_json
-from qlora_suite.hub_folder import CARD, Result, build, form_of, listing, report_of
+from qlora_suite.hub_folder import CARD, Result, build, form_of, listing, report_of, roots_of
 from qlora_suite.hub_space import build_space
 from qlora_suite.hub_upload import push
-from qlora_suite.leaks import cleaned, machine_roots
+from qlora_suite.leaks import cleaned
 from qlora_suite.model_card import hub_datasets, languages_of, model_card, serving_lines
 from qlora_suite.subject import subject_of
 from qlora_suite.tracking import console, say
@@ -101,7 +101,7 @@ def result_of(args) -> Result:
     if origin is None and args.base_id:
         raise ValueError("--base-id has no effect: the run was trained from nothing and has no base; leave it out")
     report, why_not = report_of(subject)
-    roots = machine_roots(args.run)
+    roots = roots_of(subject)
     record, report = cleaned(record, roots), cleaned(report, roots)
     licence = args.license or licence_of(model, origin)
     datasets = hub_datasets(subject.recipe, record["data_manifest"], args.dataset)

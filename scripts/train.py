@@ -45,7 +45,7 @@ from qlora_suite import (
 )
 from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
-from qlora_suite.batches import EMPTY, Limit, Order, check_division, micro_batches
+from qlora_suite.batches import EMPTY, Order, check_division, micro_batches
 from qlora_suite.chat import Renderer
 from qlora_suite.compiled import check_compiler, compile_layers
 from qlora_suite.dpo import MEASURES, in_short
@@ -54,7 +54,7 @@ from qlora_suite.engine import start as start_engine
 from qlora_suite.evaluation import check_dev_rows, dev_loss, dev_rows
 from qlora_suite.generation import preview
 from qlora_suite.loss import Batch, collate, summed_loss
-from qlora_suite.micro_batch import choose, is_out_of_memory, longest_batch, set_checkpointing, try_step
+from qlora_suite.micro_batch import as_noted, choose, is_out_of_memory, longest_batch, set_checkpointing, try_step
 from qlora_suite.preemption import StopRequest
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Recipe
@@ -156,8 +156,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
 
         # Dropout draws its noise by micro-batch: there, and only there, a resumed run keeps the one that it began with.
         if recipe.draws_noise and recipe.train.micro_batch == "auto" and state.micro_batch:
-            kept = dict(state.micro_batch)
-            checkpointing, limit = float(kept.pop("checkpointing")), Limit(**kept)
+            limit, checkpointing = as_noted(state.micro_batch, recipe.train)
         else:
             limit, checkpointing = choose(
                 recipe.train,

@@ -44,13 +44,13 @@ from qlora_suite import (
 )
 from qlora_suite.adapter import size
 from qlora_suite.anomalies import anomaly, check_skipped, is_applied, is_scale_search
-from qlora_suite.batches import EMPTY, Limit, Order
+from qlora_suite.batches import EMPTY, Order
 from qlora_suite.chat import Renderer
 from qlora_suite.engine import engine_for, name_of
 from qlora_suite.engine import start as start_engine
 from qlora_suite.generation import preview
 from qlora_suite.loss import collate
-from qlora_suite.micro_batch import choose, is_out_of_memory, set_checkpointing, try_step
+from qlora_suite.micro_batch import as_noted, choose, is_out_of_memory, set_checkpointing, try_step
 from qlora_suite.preemption import StopRequest
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.recipe import Recipe
@@ -61,6 +61,7 @@ from qlora_suite.tracking import Journal, StepBar, peak_memory_gib, say
 from qlora_suite.train_prompts import read_prompts
 from qlora_suite.trainable import build_model
 from qlora_suite.watchdog import Watchdog, exit_at_once_on_errors, process_group_timeout, set_timeout_of_every_group
+from qlora_suite.wording import counted
 
 
 def train(recipe: Recipe, verify_data: bool = False) -> None:
@@ -105,7 +106,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         if run.finished:
             with together(accelerator):
                 run.check_finished(identity)
-            say_once(f"{run.path} is finished: {run.step} steps, result in {run.path / 'final'} (another output.dir trains anew)")
+            steps = counted(run.step, "step")
+            say_once(f"{run.path} is finished: {steps}, result in {run.path / 'final'} (another output.dir trains anew)")
             return
 
         # ---- model, adapter, reference, optimiser; then whatever a checkpoint knows better ----------------------------------
@@ -132,9 +134,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
 
         # Another micro-batch rounds otherwise, and the model that comes of it samples other answers: a resumed run keeps its own.
         if recipe.train.micro_batch == "auto" and state.micro_batch:
-            limit = Limit(rows=state.micro_batch["rows"], tokens=state.micro_batch["tokens"])
-            wanted = recipe.train.gradient_checkpointing  # which changes no number
-            checkpointing = float(state.micro_batch["checkpointing"] if wanted == "auto" else wanted)
+            limit, checkpointing = as_noted(state.micro_batch, recipe.train)
         else:
             limit, checkpointing = choose(
                 recipe.train,
@@ -157,7 +157,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         run.describe(manifest, sizes, engine, order, limit=limit, checkpointing=checkpointing, paths=paths)
         say_once(f"prompts    {prompts}")
         say_once(f"rewards    {rewards.in_words(config.rewards)}")
-        journal = Journal(run.path / "samples.jsonl", state.step) if run.main else None
+        with together(accelerator):
+            journal = Journal(run.path / "samples.jsonl", state.step) if run.main else None
         sampler = Sampler(engine.unwrapped, renderer, config, judges, recipe.seed, accelerator.device, dtype, state.answers_at_once)
 
         def asked() -> bool:
@@ -316,7 +317,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         if journal is not None and not journal.flush():
             say(f"samples.jsonl LACKS its last lines ({journal.error}); the same command does not write them again")
         with together(accelerator):
-            if state.step == num_steps and not (state.norms or state.skipped_steps):
+            if state.step == num_steps and not state.norms:
                 raise ValueError(
                     f"in none of the {num_steps} steps did two answers to one prompt earn differently, so nothing was learnt, and there is "
                     f"no result: look at {run.path / 'samples.md'}, change grpo.rewards so that some answers earn more than others (by "

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from same_run import FINAL, curve, snapshot, state_of
 
 from qlora_suite import checkpoint
+from qlora_suite.files import read_json
 from qlora_suite.run_folder import Run
 
 STEPS = 10
@@ -109,6 +110,16 @@ def test_stop_after_minutes_ends_with_a_checkpoint(recipe: Path, whole: Callable
     assert "the same command goes on" in capsys.readouterr().out
     train(recipe, f"output.dir={run}")
     assert (run / FINAL).read_bytes() == (whole("adamw") / FINAL).read_bytes()
+
+
+def test_checkpointing_that_is_asked_for_later_is_heard_also_where_the_micro_batch_stays(recipe: Path) -> None:
+    run = f"output.dir={recipe.parent}/more"
+    folder = train(recipe, run, "stop.after_minutes=1e-9")
+    before = read_json(folder / "run.json")
+    train(recipe, run, "train.gradient_checkpointing=true", "stop.after_minutes=1e-9")
+    after = read_json(folder / "run.json")
+    assert (before["gradient_checkpointing"], after["gradient_checkpointing"]) == (0, 1)
+    assert before["micro_batch"] == after["micro_batch"]
 
 
 def test_a_kill_before_final_was_written(recipe: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

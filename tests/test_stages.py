@@ -154,6 +154,24 @@ def test_the_card_names_the_stages_and_brings_their_recipes(hub: Path, chain: di
     assert str(chain["sft"].parent) not in card
 
 
+def test_where_the_earlier_runs_lay_and_read_is_in_no_published_file(chain: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(chain["grpo"], run, ignore=shutil.ignore_patterns("hub", ".hub.json", "report*"))
+    about = read_json(run / "run.json")
+    for number, stage in enumerate(about["stages_before"]):
+        its = yaml.safe_load(stage["recipe"])
+        its["data"]["source"] = [f"/proj/secret_lab{number}/customers/chats.jsonl"]
+        its["output"]["dir"] = f"/scratch/alice{number}/runs/one"
+        stage["recipe"] = yaml.safe_dump(its)
+    write_json(run / "run.json", about)
+    done = publish(run, "--repo", "me/tiny", "--dry-run", "--base-id", "someone/tiny-base")
+    assert done.code == 0, done.text
+    texts = {path.name: path.read_bytes() for path in (run / "hub").iterdir() if path.is_file()}
+    assert b"chats.jsonl" in texts["recipe-1-sft.yaml"]
+    for name, content in texts.items():
+        assert not any(word in content for word in (b"secret_lab", b"alice")), name
+
+
 def test_the_card_names_the_rewards_the_prompts_and_the_window(hub: Path, chain: dict[str, Path]) -> None:
     card = (hub / "README.md").read_text()
     assert "| rewards | letters (a function of its maker's own, in own.py) + 0.25 x no_repetition |" in card

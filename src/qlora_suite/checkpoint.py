@@ -457,7 +457,7 @@ def changed_rewards(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
     """{key: function} of a person's own rewards whose file has changed and whose function is named as before (rewards.fingerprints)."""
     found = {}
     for key in (key for key in now if key.startswith("grpo.rewards.") and ".path (" in key and key in then):
-        (before, hash_before), (function, hash_now) = (str(identity[key]).split(" ") for identity in (then, now))
+        (before, _, hash_before), (function, _, hash_now) = (str(identity[key]).partition(" ") for identity in (then, now))
         if before == function and hash_before != hash_now:
             found[key] = function
     return found

@@ -116,12 +116,12 @@ def _check_environment() -> None:
             f"--num_processes {gpus * int(os.environ.get('WORLD_SIZE', processes)) // processes}"
         )
     # what `accelerate launch` leaves behind where it was asked for several processes on a CPU and starts one (KMP_BLOCKTIME: on a CPU)
-    several = all(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "KMP_BLOCKTIME", "MASTER_PORT"))
+    several = all(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "KMP_BLOCKTIME", "MASTER_ADDR", "MASTER_PORT"))
     if several and not any(name in os.environ for name in WORLDS):
         raise ValueError(
             "accelerate launch was asked for several processes, and under a config with use_cpu (or --cpu) it starts one without a word; "
             "several processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --config_file accelerate_configs/ddp.yaml "
-            "--num_processes 2 ..."
+            "--num_processes 2 ... (if one was meant: unset MASTER_ADDR MASTER_PORT)"
         )
     for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in TRUE:

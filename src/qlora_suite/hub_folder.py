@@ -120,7 +120,7 @@ def report_of(subject: Subject) -> tuple[dict[str, Any] | None, str]:
 def build(result: Result, folder: Path, card: str, with_reports: bool) -> None:
     """Write `folder` anew, aside first. Raises ValueError if something else is in its place, or if anything leaks."""
     check_place(folder, result.subject.folder)
-    aside, roots = folder_aside(folder, "tmp"), machine_roots(result.subject.folder)
+    aside, roots = folder_aside(folder, "tmp"), roots_of(result.subject)
     try:
         _take_weights(result, aside)
         for name in TOKENIZER:
@@ -145,6 +145,11 @@ def build(result: Result, folder: Path, card: str, with_reports: bool) -> None:
         write_json(built(folder), file_table(folder, but=""))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def roots_of(subject: Subject) -> list[str]:
+    """`machine_roots` of a run and of those that it goes on from."""
+    return machine_roots(subject.folder, (text for _, text in recipes_before(subject)))
 
 
 def recipes_before(subject: Subject) -> Iterator[tuple[str, str]]:

@@ -15,8 +15,8 @@ from typing import Any
 from huggingface_hub.repocard import metadata_save
 
 from qlora_suite.files import folder_aside, write_json, write_text
-from qlora_suite.hub_folder import CARD, MARK, Result, check_place
-from qlora_suite.leaks import complaint_about_leaks, machine_roots
+from qlora_suite.hub_folder import CARD, MARK, Result, check_place, roots_of
+from qlora_suite.leaks import complaint_about_leaks
 from qlora_suite.model import load_config
 from qlora_suite.model_card import inline, quantization_arguments
 from qlora_suite.recipe import Model
@@ -62,7 +62,7 @@ def build_space(result: Result, model_folder: Path, folder: Path, hardware: str 
         write_text(aside / "requirements.txt", requirements(hardware, plan))
         write_text(aside / CARD, space_readme(result, hardware, plan))
         metadata_save(aside / CARD, front_matter(result, plan))
-        if complaint := complaint_about_leaks(aside, machine_roots(result.subject.folder)):
+        if complaint := complaint_about_leaks(aside, roots_of(result.subject)):
             raise ValueError(f"nothing was published: {complaint}")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

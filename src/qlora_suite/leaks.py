@@ -67,15 +67,19 @@ def redacted(text: str) -> str:
 _END = r"(?![\w.+@%-])"
 
 
-def machine_roots(run: Path) -> list[str]:
-    """Absolute folders of this machine that a run's files may name, longest first."""
+def machine_roots(run: Path, recipes: Iterable[str] = ()) -> list[str]:
+    """Absolute folders of this machine that a run's files may name, longest first. `recipes`: the texts of those of earlier runs, which
+    lay and read elsewhere.
+    """
     from huggingface_hub import constants
 
     suite = Path(__file__).resolve().parents[2]
     found = {Path.cwd(), Path.home(), suite, run.absolute(), run.resolve(), Path(sys.prefix), Path(constants.HF_HOME)}
+    values = [yaml.safe_load(recipe) for recipe in recipes]
     for name, read in (("recipe.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8"))), ("run.json", read_json)):
         if (run / name).is_file():
-            found |= {Path(text).parent for text in _texts(read(run / name)) if re.match(r"^/[^/\s]+/\S", text)}
+            values.append(read(run / name))
+    found |= {Path(text).parent for text in _texts(values) if re.match(r"^/[^/\s]+/\S", text)}
     return sorted({str(root) for root in found if root not in COMMON}, key=len, reverse=True)
 
 

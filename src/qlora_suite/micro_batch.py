@@ -9,7 +9,7 @@ the run ends with the finding written down (NOTE), and the same command goes on 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,12 @@ def choose(
         )
     rows, share = ways[place]
     return Limit(rows_per_rank if auto else rows, rows * longest), share
+
+
+def as_noted(noted: Mapping[str, Any], train: Train) -> tuple[Limit, float]:
+    """What a checkpoint knows of its run's micro-batches, and how many layers recompute: that changes no number and may be set anew."""
+    share = noted["checkpointing"] if train.gradient_checkpointing == "auto" else train.gradient_checkpointing
+    return Limit(rows=noted["rows"], tokens=noted["tokens"]), float(share)
 
 
 def longest_batch(rows: Rows, num_rows: int, dpo: Dpo | None) -> Batch:

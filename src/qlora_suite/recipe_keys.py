@@ -9,7 +9,6 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
@@ -25,7 +24,7 @@ effect. Keys with a ° may be changed between two starts of one run; all others 
 another value (folders may be moved: their contents are compared).
 """
 WORDS = {str: "text", int: "whole number", float: "number"}
-LIMITS = {Gt: ("gt", "above"), Ge: ("ge", "from"), Lt: ("lt", "below"), Le: ("le", "at most")}
+LIMITS = {"gt": "above", "ge": "from", "lt": "below", "le": "at most"}
 
 
 def page() -> str:
@@ -72,7 +71,7 @@ def _plural(part: Any) -> str:
 def _limits(metadata: tuple[Any, ...]) -> str:
     """` from 0 and below 1`"""
     each = [limit for entry in metadata for limit in (getattr(entry, "metadata", None) or [entry])]
-    found = [f"{word} {getattr(limit, name):,}" for limit in each for kind, (name, word) in LIMITS.items() if isinstance(limit, kind)]
+    found = [f"{word} {getattr(limit, name):,}" for limit in each for name, word in LIMITS.items() if hasattr(limit, name)]
     return " " + " and ".join(found) if found else ""
 
 
