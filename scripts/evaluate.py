@@ -102,7 +102,7 @@ from torch import nn
 
 from qlora_suite import dataset
 from qlora_suite.adapter import adapter_commit, adapter_folder, load_adapter
-from qlora_suite.answer_rewards import judge_answers, judges_at_hand, summary, told
+from qlora_suite.answer_rewards import judge_answers, judges_at_hand, named, summary
 from qlora_suite.assistant import load as load_assistant
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
@@ -125,6 +125,7 @@ from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.report import benchmark_lines, cut_line, findings, left_out_lines, markdown, result_table
 from qlora_suite.report_page import journals_of, report_page
+from qlora_suite.rewards import in_words
 from qlora_suite.run_facts import hardware
 from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, concise_words, read_answers
 from qlora_suite.stages import method_of
@@ -426,12 +427,13 @@ def kept_files(subject: Subject, start: str | None, kind: str, dtype: torch.dtyp
 def rewarded(subject: Subject, asked: dict[str, Any], texts: Sequence[str], began: str | None, samples: int) -> dict[str, Any]:
     """What the answers are worth, by the recipe's rewards; writes it beside each of them, too."""
     rewards = subject.recipe.grpo.rewards
-    say(f"rewards    {told(rewards)}")
+    say(f"rewards    {in_words(rewards, published=True)}")
     identity = {} if subject.report != "report" else read_json(subject.folder / "status.json").get("identity") or {}
     judges, left_out = judges_at_hand(rewards, identity)
     judge_answers(asked, texts, judges, left_out)
     began = began if began in (None, "start") else "base"  # it answers as it was trained on
-    return {"in_words": told(rewards), **summary(asked, judges, left_out, began, samples)}
+    kept = [reward for name, reward in named(rewards).items() if name in judges]
+    return {"in_words": in_words(kept, published=True), **summary(asked, judges, left_out, began, samples)}
 
 
 def label_of(name: str, subject: Subject) -> str:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,16 @@ from in_process import evaluate
 from playwright.sync_api import Page
 
 from qlora_suite import dataset
-from qlora_suite.answer_rewards import judge_answers, summary, told
-from qlora_suite.compared_runs import comparison_of, read_run, result_rows
+from qlora_suite.answer_rewards import judge_answers, judges_at_hand, named, summary
+from qlora_suite.compared_runs import comparison_of, notes, read_run, result_rows
 from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.evaluation import scorable
 from qlora_suite.files import file_table, read_json, write_json, write_text
+from qlora_suite.model_card import eval_results
 from qlora_suite.recipe import Reward
 from qlora_suite.report import base_line, findings, headline
-from qlora_suite.rewards import judges_of
+from qlora_suite.report_page import heroes
+from qlora_suite.rewards import in_words, judges_of
 from qlora_suite.sample_answers import chosen_prompts
 from qlora_suite.subject import renderer_of, subject_of
 
@@ -127,12 +130,14 @@ def test_a_reward_that_fails_is_left_out_with_a_word(tmp_path: Path) -> None:
     prompts = [{"prompt": "hi", "reference": None}] * 2
     judge_answers({"prompts": prompts, "columns": {"adapter": {"answers": answers}}}, ["", ""], judges, left_out)
     assert list(judges) == ["no_repetition"]
-    assert "ZeroDivisionError" in left_out[0]
+    assert left_out == ["odd failed with ZeroDivisionError"]
     assert [(one["rewards"], one["reward"]) for one in answers] == [({"no_repetition": 0.75}, 1.5)] * 2
 
 
 @pytest.mark.parametrize("what", ["gone", "changed"])
-def test_a_file_of_ones_own_that_is_not_what_it_was_is_left_out_with_a_word(copy: Path, tmp_path: Path, what: str) -> None:
+def test_a_file_of_ones_own_that_is_not_what_it_was_is_left_out_with_a_word(
+    copy: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = (copy / "recipe.yaml").read_text()
     own = tmp_path / "own.py"
     place = next(line for line in recipe.splitlines() if "own.py:letters" in line).split("path:")[1].strip().removesuffix(":letters")
@@ -142,11 +147,87 @@ def test_a_file_of_ones_own_that_is_not_what_it_was_is_left_out_with_a_word(copy
     found = evaluate(copy, num_answers=COUNT, answer_tokens=None)["rewards"]
     assert list(found["weights"]) == ["no_repetition"]
     (why,) = found["left_out"]
-    assert ("there is no file" if what == "gone" else "its file has changed since") in why
+    assert ("there is no file own.py" if what == "gone" else "own.py is not what it was in training") in why
+    assert str(tmp_path) not in why
+    assert str(own) in " ".join(capsys.readouterr().out.replace("\n", "").split()), "the console says where"
+    assert found["in_words"] == "0.25 x no_repetition", "what was not asked does not count as asked"
     assert why in (copy / "report.md").read_text()
     assert why in (copy / "report.html").read_text()
     if what == "changed":
         assert not (tmp_path / "ran").exists(), "what is not the reward is not run"
+
+
+SECRET = "/proj/secret_lab/customers/words.txt"
+
+
+def failing(answer: object) -> float:
+    raise FileNotFoundError(2, "No such file or directory", SECRET)
+
+
+def test_an_error_of_ones_own_function_is_for_the_console_alone(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qlora_suite.rewards.judge_of", lambda _: failing)
+    found = evaluate(copy, num_answers=COUNT, answer_tokens=None)
+    assert found["rewards"]["left_out"] == ["letters failed with FileNotFoundError", "no_repetition failed with FileNotFoundError"]
+    assert SECRET in capsys.readouterr().out.replace("\n", "")
+    for name in ("report.json", "report.md", "report.html"):
+        assert "secret_lab" not in (copy / name).read_text(), name
+    assert "None of the recipe's rewards could be asked." in (copy / "report.md").read_text()
+    assert found["rewards"]["columns"] == {}
+    assert not any("reward" in one for column in found["answers"]["columns"].values() for one in column["answers"])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("import nowhere_at_all", "f: own.py cannot be run: ModuleNotFoundError"),
+        ("g = 1", "f: own.py has no function f"),
+        (None, "f: there is no file own.py"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_published_without_its_folder(tmp_path: Path, body: str | None, said: str) -> None:
+    if body:
+        (tmp_path / "own.py").write_text(body)
+    assert judges_at_hand([Reward(path=f"{tmp_path}/own.py:f")], {}) == ({}, [said])
+
+
+def test_a_value_that_is_none_is_not_published_either(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def f(answer):\n    return 'secret'\n")
+    judges, left_out = judges_at_hand([Reward(path=f"{tmp_path}/own.py:f")], {})
+    answers = [{"text": "a", "num_tokens": 1, "stopped": True, "repetition": 0.0}]
+    judge_answers({"prompts": [{"prompt": "", "reference": None}], "columns": {"x": {"answers": answers}}}, [""], judges, left_out)
+    assert left_out == ["f gave no number from 0 to 1"]
+
+
+def test_a_reward_keeps_its_name_if_the_one_before_it_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "here.py").write_text("def f(answer):\n    return 1.0\n")
+    wanted = [Reward(path=f"{tmp_path}/{name}.py:f") for name in ("gone", "here")]
+    judges, left_out = judges_at_hand(wanted, {})
+    assert list(judges) == ["f_2"]
+    assert left_out == ["f: there is no file gone.py"]
+    many = [Reward(path=f"{tmp_path}/here.py:f"), Reward(path=f"{tmp_path}/here.py:f"), Reward(name="no_repetition")]
+    assert list(named(many)) == list(judges_of(many)), "the names of training"
+
+
+def test_while_a_reward_is_left_out_there_is_no_verdict(report: dict[str, Any]) -> None:
+    for left_out, clear in (([], True), (["f: there is no file own.py"], False)):
+        asked = columns_of(start=[0.0] * COUNT, adapter=[1.0] * COUNT)
+        found = {"in_words": "x", **summary(asked, {"x": (1.0, failing)}, left_out, "start", 100)}
+        shown = {**report, "rewards": found}
+        assert (found["difference_from_start"]["verdict"] is not None) == clear
+        assert ("of the rewards that could be asked" in findings(shown)[0]) != clear
+        assert ("without a verdict, for not all were asked" in findings(shown)[0]) != clear
+        (hero,) = [one for one in heroes(shown) if "mean reward" in one["unit"]]
+        assert ("too few" in str(hero["badges"])) is False
+        assert ("no verdict: not all rewards were asked" in str(hero["badges"])) != clear
+
+
+def test_a_hub_metric_is_of_all_rewards_or_is_none(run: Path, report: dict[str, Any]) -> None:
+    for left_out in ([], ["f: there is no file own.py"]):
+        shown = {**report, "rewards": {**report["rewards"], "left_out": left_out}}
+        result = SimpleNamespace(subject=subject_of(run, []), run=read_json(run / "run.json"), report=shown, datasets=(), form="adapter")
+        assert ("mean_reward" in [one.metric_type for one in eval_results(result)]) == (not left_out)
 
 
 def test_without_a_reward_for_few_words_nobody_counts_them(report: dict[str, Any], run: Path) -> None:
@@ -159,7 +240,10 @@ def test_without_a_reward_for_few_words_nobody_counts_them(report: dict[str, Any
 
 def test_rewards_are_told_without_the_folder_they_lie_in() -> None:
     wanted = [Reward(name="within_words", words=30, min_words=4), Reward(path="/home/me/own.py:polite", weight=0.5)]
-    assert told(wanted) == "within_words (words: 30, min_words: 4) + 0.5 x polite (a function of its maker's own, in own.py)"
+    assert (
+        in_words(wanted, published=True)
+        == "within_words (words: 30, min_words: 4) + 0.5 x polite (a function of its maker's own, in own.py)"
+    )
 
 
 # --- what is said first
@@ -285,6 +369,20 @@ def test_runs_side_by_side_have_their_mean_reward(run: Path, copy: Path, report:
     for row in result_rows(compared):
         assert row["mean reward"] == f"{report['rewards']['columns']['adapter']['mean']:.4f}"
         assert row["ended within the limit"] == ""
+
+
+@pytest.mark.parametrize("what", ["in_words", "weights", "file"])
+def test_means_of_different_rewards_do_not_stand_in_one_column(run: Path, copy: Path, report: dict[str, Any], what: str) -> None:
+    if what == "file":
+        status = read_json(copy / "status.json")
+        status["identity"] = {k: f"{v}x" if k.startswith("grpo.rewards.") else v for k, v in status["identity"].items()}
+        write_json(copy / "status.json", status)
+    else:
+        other = {"in_words": "no_repetition", "weights": {"letters": 1.0, "no_repetition": 0.5}}[what]
+        write_json(copy / "report.json", {**report, "rewards": {**report["rewards"], what: other}})
+    (compared,) = comparison_of([run, copy], samples=50)
+    assert [row["mean reward"] for row in result_rows(compared)] == [""] * len(compared.entries)
+    assert any("The mean reward is left out" in note for note in notes(compared))
 
 
 def test_runs_that_cannot_be_compared_are_told_why_and_what_to_do(run: Path, chain: dict[str, Path], capsys: Any) -> None:

@@ -29,7 +29,7 @@ from qlora_suite.model_card import eval_results, training_rows
 from qlora_suite.preferences import LONGER, SHORTER, compare_pairs, pairs_that_fit
 from qlora_suite.recipe import Dpo
 from qlora_suite.recipe_file import load
-from qlora_suite.report import headline
+from qlora_suite.report import headline, preference_facts
 from qlora_suite.report_page import answers, curves, environment, heroes, preferences
 from qlora_suite.sample_answers import CONCISE_WORDS, concise_words
 from qlora_suite.subject import renderers_of, subject_of
@@ -145,6 +145,20 @@ def test_rewards_are_those_of_plain_transformers(report: dict[str, Any], run: Pa
     assert rewards["margin"] == pytest.approx(math.fsum(margins) / len(rows), rel=1e-6)
     assert rewards["interval_95"][0] < rewards["accuracy"] < rewards["interval_95"][1]
     assert np.std(margins) > 0.01, "it has moved"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "The interval is a bootstrap over trees (200 samples)."),
+        ({"accuracy": 1.0, "interval_95": [0.7, 1.0]}, "The interval is Clopper's and Pearson's, for a share of 100% of 12 trees"),
+        ({"accuracy": 1.0, "interval_95": None}, None),
+    ],
+)
+def test_the_report_says_how_the_interval_was_made(report: dict[str, Any], changed: dict[str, Any], said: str | None) -> None:
+    rewards = {**report["preferences"]["rewards"], "samples": 200, **changed}
+    told = " ".join(preference_facts({**report, "preferences": {**report["preferences"], "trees": 12, "rewards": rewards}}))
+    assert said in told if said else "interval is" not in told
 
 
 def test_every_pair_is_compared_or_counted_as_left_out(report: dict[str, Any], run: Path) -> None:

@@ -7,6 +7,7 @@
 Training samples its answers; these are greedy, to prompts that it has not seen. Their number of tokens is limited as in training.
 """
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,69 +18,95 @@ from qlora_suite.evaluation import MIN_TREES, over_trees
 from qlora_suite.generation import Answer
 from qlora_suite.recipe import Reward
 from qlora_suite.rewards import Candidate, Judge
+from qlora_suite.tracking import StepBar, say
 
 Judges = dict[str, tuple[float, Judge]]
 
 
-def told(wanted: Sequence[Reward]) -> str:
-    """The rewards in words that may be published: of a function of one's own its name and its file's, without the folder."""
-    found = []
+def named(wanted: Sequence[Reward]) -> dict[str, Reward]:
+    """The rewards by the names that they had in training (as `rewards.judges_of`), whichever of them can still be asked."""
+    found: dict[str, Reward] = {}
     for reward in wanted:
-        keys = {key: getattr(reward, key) for key in ("words", "min_words", "pattern") if getattr(reward, key) is not None}
-        given = f" ({', '.join(f'{key}: {value}' for key, value in keys.items())})" if keys else ""
-        file, _, function = (reward.path or "").rpartition(":")
-        what = f"{reward.name}{given}" if reward.name else f"{function} (a function of its maker's own, in {Path(file).name})"
-        found.append(what if reward.weight == 1 else f"{reward.weight:g} x {what}")
-    return " + ".join(found)
+        name = reward.name or reward.path.rpartition(":")[2]
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        found[next(free for free in names if free not in found)] = reward
+    return found
 
 
 def judges_at_hand(wanted: Sequence[Reward], identity: Mapping[str, Any]) -> tuple[Judges, list[str]]:
-    """(the rewards that can be asked, why others cannot): a file of one's own may be gone by now, or say something else.
+    """(the rewards that can be asked, which cannot): a file of one's own may be gone by now, or say something else.
 
-    `identity` is the run's own, from status.json, which knows the hash of each file.
+    `identity` is the run's own, from status.json, which knows the hash of each file. The console is told why, in full; what is
+    returned is published, so that it has neither a folder nor the words of somebody's error.
     """
-    kept, left_out = [], []
-    for number, reward in enumerate(wanted):
+    judges, left_out = {}, []
+    for number, (name, reward) in enumerate(named(wanted).items()):
         try:
             now = next(iter(rewards.fingerprints([reward]).values()), None)
             before = next((value for key, value in identity.items() if key.startswith(f"grpo.rewards.{number}.path (")), now)
             if now != before:
-                raise ValueError(f"grpo.rewards: {reward.path} is not what it was in training: its file has changed since")
-            rewards.judge_of(reward)  # which runs the file
-            kept.append(reward)
-        except ValueError as why:
-            left_out.append(str(why))
-    return rewards.judges_of(kept), left_out
+                raise _Changed(f"grpo.rewards: {reward.path} is not what it was in training: its file has changed since")
+            judges[name] = reward.weight, rewards.judge_of(reward)  # which runs the file
+        except (ValueError, OSError) as why:
+            say(f"not judged: {why}")
+            left_out.append(f"{name}: {_of_file(reward, why)}")
+    return judges, left_out
+
+
+class _Changed(ValueError):
+    """The file is not the one that was trained on."""
+
+
+def _of_file(reward: Reward, why: Exception) -> str:
+    """What is wrong with a file of one's own, in words that may be published."""
+    file, _, function = reward.path.rpartition(":")
+    name = Path(file).name
+    if not Path(file).is_file():
+        return f"there is no file {name}"
+    if isinstance(why, _Changed):
+        return f"{name} is not what it was in training: it has changed since"
+    if isinstance(why, OSError):
+        return f"{name} cannot be read: {type(why).__name__}"
+    return f"{name} cannot be run: {type(why.__cause__).__name__}" if why.__cause__ else f"{name} has no function {function}"
 
 
 def judge_answers(asked: Mapping[str, Any], texts: Sequence[str], judges: Judges, left_out: list[str]) -> None:
-    """Write `rewards` (of each name, before its weight) and `reward` into each answer of report.json's `answers`.
+    """Write `rewards` (of each name, before its weight) and `reward` into each answer of report.json's `answers`; nothing without judges.
 
     `texts`: of each prompt, all that stood before the answer.
 
-    A reward that fails on one of them is taken out of `judges`, and why is added to `left_out`.
+    A reward that fails on one of them is taken out of `judges`; its name and the error's type are added to `left_out`, and the console
+    is told the rest.
     """
     columns = [column["answers"] for column in asked["columns"].values()]
-    for name in list(judges):
-        try:
-            for answers in columns:
-                for one, prompt, text in zip(answers, asked["prompts"], texts, strict=True):
-                    answer = Answer(text, *(one[key] for key in ("text", "num_tokens", "stopped", "repetition")))
-                    candidate = Candidate.of(answer, question=prompt["prompt"], expected=prompt["reference"])
-                    one.setdefault("rewards", {}).update(rewards.judged(candidate, {name: judges[name]}))
-        except ValueError as why:
-            left_out.append(str(why))
-            del judges[name]
-    for answers in columns:
-        for one in answers:
-            one["rewards"] = {name: one["rewards"][name] for name in judges}
-            one["reward"] = sum(weight * one["rewards"][name] for name, (weight, _) in judges.items())
+    found: list[list[dict[str, float]]] = [[{} for _ in answers] for answers in columns]
+    of_each = sum(map(len, columns))
+    with StepBar("judging the answers", len(judges) * of_each) as bar:
+        for number, name in enumerate(list(judges)):
+            done = itertools.count(number * of_each + 1)
+            try:
+                for answers, values in zip(columns, found, strict=True):
+                    for one, value, prompt, text in zip(answers, values, asked["prompts"], texts, strict=True):
+                        answer = Answer(text, *(one[key] for key in ("text", "num_tokens", "stopped", "repetition")))
+                        candidate = Candidate.of(answer, question=prompt["prompt"], expected=prompt["reference"])
+                        value.update(rewards.judged(candidate, {name: judges[name]}))
+                        bar.advance(next(done), name)
+            except rewards.RewardFailed as why:
+                say(f"not judged: {why}")
+                cause = why.__cause__
+                left_out.append(f"{name} failed with {type(cause).__name__}" if cause else f"{name} gave no number from 0 to 1")
+                del judges[name]
+    for answers, values in zip(columns, found, strict=True) if judges else ():
+        for one, value in zip(answers, values, strict=True):
+            one["rewards"] = {name: value[name] for name in judges}
+            one["reward"] = sum(weight * value[name] for name, (weight, _) in judges.items())
 
 
 def summary(asked: Mapping[str, Any], judges: Judges, left_out: Sequence[str], began: str | None, samples: int) -> dict[str, Any]:
     """Means over the held-out prompts of `asked` (report.json's `answers`), and how far the run is from its start and from the base.
 
     `began`: the column that training began as; None if it is not at hand. Prompts are one of a tree each, so they are what is drawn.
+    There is no verdict while a reward is left out: it may be the one that has become worse.
     """
     places = [place for place, prompt in enumerate(asked["prompts"]) if prompt["held_out"]]
     found: dict[str, list[dict[str, Any]]] = {
@@ -101,19 +128,19 @@ def summary(asked: Mapping[str, Any], judges: Judges, left_out: Sequence[str], b
         "left_out": list(left_out),
         "began": began,
         "columns": columns,
-        "difference_from_start": _difference(totals, began, samples),
-        "difference": _difference(totals, "base", samples),
+        "difference_from_start": _difference(totals, began, samples, not left_out),
+        "difference": _difference(totals, "base", samples, not left_out),
     }
 
 
-def _difference(totals: Mapping[str, Sequence[float]], before: str | None, samples: int) -> dict[str, Any] | None:
+def _difference(totals: Mapping[str, Sequence[float]], before: str | None, samples: int, whole: bool) -> dict[str, Any] | None:
     """Of the run's mean reward to another one's, with a 95 % interval of a paired bootstrap over the prompts (as `paired_interval`)."""
     if before not in totals or "adapter" not in totals:
         return None
     changes = [now - then for now, then in zip(totals["adapter"], totals[before], strict=True)]
     mean, interval = over_trees([str(place) for place in range(len(changes))], changes, [1.0] * len(changes), samples)
     verdict = None
-    if len(changes) >= MIN_TREES:
+    if whole and len(changes) >= MIN_TREES:
         verdict = "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "not clearly different"
     return {
         "reward": mean,

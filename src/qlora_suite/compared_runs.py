@@ -29,6 +29,7 @@ from qlora_suite.tracking import read_journal
 LN2 = math.log(2)
 PLACES = ("data.prepared", "output.dir", "output.mirror", "tracking.trackers", "tracking.project")
 """Keys that say where things stand: they always differ, and nothing follows from it."""
+REWARD_FILES = "rewards' own files (hash)"
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,15 @@ def read_run(folder: Path) -> EvaluatedRun:
     settings = {**{key: _word(value) for key, value in flatten(recipe).items() if key not in PLACES}, **_beyond(run)}
     identity = read_json(folder / "status.json").get("identity") or {}
     settings["data (hash)"] = str(identity.get(DATA))[:12]  # the recipe may be the same, and what stood in its files not
+    if own := {key: value for key, value in identity.items() if key.startswith("grpo.rewards.")}:
+        settings[REWARD_FILES] = hash_of(own)[:12]  # as well: a file of one name may say something else
     seed = settings.pop("seed")
     metrics = read_journal(folder / "metrics.jsonl")
     return EvaluatedRun(folder, settings, seed, _curve(recipe), report, run, metrics)
 
 
 def _curve(recipe: Recipe) -> frozenset[str]:
-    return frozenset(curve_keys(recipe)) | {"base (hash)", "data (hash)", "precision"}
+    return frozenset(curve_keys(recipe)) | {"base (hash)", "data (hash)", "precision", REWARD_FILES}
 
 
 def _beyond(run: Mapping[str, Any]) -> dict[str, str]:
@@ -264,6 +267,8 @@ def notes(compared: ComparedSet) -> list[str]:
             f"The interval against {compared.entries[0].name} is a paired bootstrap over trees, of the means over the seeds; "
             "it is about the data, and knows nothing of other seeds."
         )
+    if len(judged := _judged_by(compared)) > 1:
+        found.append(f"The mean reward is left out, for the runs were judged by different rewards: {' | '.join(judged.values())}.")
     twice = [e.name for e in compared.entries for o in compared.entries if e is not o and _same(e, o)]
     if twice:
         found.append(f"{', '.join(twice)} have the same settings and the same seed: one result twice, no second seed.")
@@ -279,10 +284,28 @@ def _same(a: Entry, b: Entry) -> bool:
 
 def result_rows(compared: ComparedSet) -> list[dict[str, str]]:
     """A row of strings for each entry; "" where a run does not have it."""
-    return [_row(entry, against) for entry, against in zip(compared.entries, compared.against_first, strict=True)]
+    alike = len(_judged_by(compared)) == 1
+    return [_row(entry, against, alike) for entry, against in zip(compared.entries, compared.against_first, strict=True)]
 
 
-def _row(entry: Entry, against: Mapping[str, Any] | None) -> dict[str, str]:
+def _judged_by(compared: ComparedSet) -> dict[tuple[Any, ...], str]:
+    """The rewards by which the runs' answers were judged, each with its words: a mean is compared with means of the same alone."""
+    found = {}
+    for run in (run for entry in compared.entries for run in entry.runs):
+        if _worth(run) is not None:
+            r = run.report["rewards"]
+            found[r["in_words"], tuple(r["weights"].items()), run.settings.get(REWARD_FILES)] = r["in_words"]
+    return found
+
+
+def _worth(run: EvaluatedRun) -> float | None:
+    """The mean reward of its answers, if it was judged."""
+    r = run.report.get("rewards")
+    return r["columns"]["adapter"]["mean"] if r and "adapter" in r["columns"] else None
+
+
+def _row(entry: Entry, against: Mapping[str, Any] | None, alike: bool) -> dict[str, str]:
+    """`alike`: all runs that were judged were judged by the same rewards."""
     deviation = f" ± {entry.deviation:.4f}" if entry.deviation is not None else ""
     differences = [run.report["difference"]["bits_per_byte"] for run in entry.runs if run.report["difference"]]
     spread = f" ± {statistics.stdev(differences):.4f}" if len(differences) > 1 else ""
@@ -293,7 +316,7 @@ def _row(entry: Entry, against: Mapping[str, Any] | None) -> dict[str, str]:
         return f"{statistics.fmean(counted):.0%}" if counted else ""
 
     limits = {run.report["answers"].get("concise_words", CONCISE_WORDS) for run in entry.runs if run.report.get("answers")} - {None}
-    worth = [r["columns"]["adapter"]["mean"] for run in entry.runs if (r := run.report.get("rewards")) and "adapter" in r["columns"]]
+    worth = [mean for run in entry.runs if alike and (mean := _worth(run)) is not None]
     rewards = [p["rewards"]["accuracy"] for run in entry.runs if (p := run.report.get("preferences")) and p["rewards"]]
     interval = against and against["interval_95"]
     return {

@@ -15,7 +15,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from qlora_suite.answer_rewards import told
 from qlora_suite.base_origin import HUB_ID
 from qlora_suite.files import read_json
 from qlora_suite.hub_folder import MARK, MERGED, Result, recipes_before
@@ -25,6 +24,7 @@ from qlora_suite.prequantized import quantization_of, source_of
 from qlora_suite.recipe import Model, Recipe
 from qlora_suite.report import COLUMNS, findings
 from qlora_suite.report import reward_rows as report_rewards
+from qlora_suite.rewards import in_words as rewards_in_words
 from qlora_suite.serving import Served, commands
 from qlora_suite.stages import in_words, method_of
 from qlora_suite.subject import renderer_of
@@ -184,7 +184,7 @@ def eval_results(result: Result) -> list[EvalResult]:
             arguments["interval_95"] = [round(edge, 6) for edge in rewards["interval_95"]]
         name, value = "reward accuracy on held-out pairs", round(rewards["accuracy"], 6)
         found.append(EvalResult(**where, metric_type="reward_accuracy", metric_name=name, metric_value=value, metric_args=arguments))
-    if (rewards := report.get("rewards")) and "adapter" in rewards["columns"]:
+    if (rewards := report.get("rewards")) and "adapter" in rewards["columns"] and not rewards["left_out"]:  # else of some rewards only
         arguments = {"prompts": rewards["prompts"], "rewards": _line(rewards["in_words"])[:200]}
         arguments |= {side: round(one["mean"], 6) for side, one in rewards["columns"].items() if side != "adapter"}
         for side, d in (("start", rewards["difference_from_start"]), ("base", rewards["difference"])):
@@ -349,7 +349,7 @@ def training_rows(result: Result) -> list[tuple[str, str]]:
     if recipe.grpo:
         rows += [
             ("preferences", f"GRPO on answers of its own, {recipe.grpo.group_size} to a prompt, beta {recipe.grpo.beta:g}"),
-            ("rewards", told(recipe.grpo.rewards)),
+            ("rewards", rewards_in_words(recipe.grpo.rewards, published=True)),
         ]
     if tuned != "none" and tuned.start_from is not None:
         rows += [("start", f"an adapter that was there already (adapter.start_from): {in_words(recipe, result.subject.before)}")]

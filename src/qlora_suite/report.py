@@ -80,9 +80,10 @@ def _rewards_line(report: Mapping[str, Any]) -> list[str]:
         d, began = r["difference_from_start"], r["began"]
         against = d or r["difference"]
         other = r["columns"][began if d else "base"] if against else None
-        line = f"The mean reward of answers to {r['prompts']} held-out prompts is {ours['mean']:.4f} after GRPO"
+        of = ", of the rewards that could be asked," if r["left_out"] else ""
+        line = f"The mean reward of answers to {r['prompts']} held-out prompts{of} is {ours['mean']:.4f} after GRPO"
         if against:
-            verdict = _reward_verdict(against)
+            verdict = "without a verdict, for not all were asked" if r["left_out"] else _reward_verdict(against)
             line += f", of the {other['label']} {other['mean']:.4f}: {against['reward']:+.4f}{_signed(against['interval_95'])}, {verdict}"
         if d and began == "start" and "base" in r["columns"]:
             line += f". The base's is {r['columns']['base']['mean']:.4f}"
@@ -153,8 +154,10 @@ def reward_facts(report: Mapping[str, Any]) -> list[str]:
     """How the answers were judged, in sentences."""
     r, asked = report["rewards"], report["answers"]
     d = r["difference_from_start"] or r["difference"]
+    of = "those of the recipe's rewards that could be asked" if r["left_out"] else "the recipe's rewards"
+    judged = f"Judged by {of}: {r['in_words']}." if r["weights"] else "None of the recipe's rewards could be asked."
     facts = [
-        f"Judged by the recipe's rewards: {r['in_words']}. {r['prompts']} held-out prompts, greedy answers of up to "
+        f"{judged} {r['prompts']} held-out prompts, greedy answers of up to "
         f"{asked['max_new_tokens']:,} tokens; in training they are sampled.",
     ]
     if d:
@@ -177,12 +180,24 @@ def preference_facts(report: dict[str, Any]) -> list[str]:
         kind = ", of means over an answer's tokens" if r["length_normalized"] else ""
         facts += [
             f"A reward is beta = {r['beta']:g} times by how much likelier an answer has become than it was for the {r['start']}{kind}; the "
-            f"margin of a pair is the chosen answer's less the rejected one's. The intervals are a bootstrap over trees "
-            f"({r['samples']:,} samples).",
+            f"margin of a pair is the chosen answer's less the rejected one's.{_how_drawn(p)}",
             f"Likelier than at the start, in nats a token: chosen answers {r['log_ratio_chosen']:+.4f}, rejected ones "
             f"{r['log_ratio_rejected']:+.4f}.",
         ]
     return facts
+
+
+def _how_drawn(preferences: Mapping[str, Any]) -> str:
+    """Where the interval of the reward accuracy comes from (`preferences.at_the_edge` or a bootstrap); nothing where there is none."""
+    r = preferences["rewards"]
+    if r["interval_95"] is None:
+        return ""
+    if r["accuracy"] in (0, 1):
+        return (
+            f" The interval is Clopper's and Pearson's, for a share of {r['accuracy']:.0%} of {preferences['trees']} trees: "
+            "a bootstrap takes what is the same in all of them for certain."
+        )
+    return f" The interval is a bootstrap over trees ({r['samples']:,} samples)."
 
 
 def left_out_lines(report: dict[str, Any]) -> list[str]:

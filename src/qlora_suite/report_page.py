@@ -175,9 +175,10 @@ def _reward_hero(report: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     to_start = r["difference_from_start"] if r["began"] == "start" else None
     badges = [_badge(d["verdict"], other) for d, other in ((to_start, "the start"), (r["difference"], "the base")) if d]
-    few = (("", f"too few prompts ({r['prompts']})"),)
+    some = ", of the rewards that could be asked" if r["left_out"] else ""
+    few = (("", "no verdict: not all rewards were asked" if r["left_out"] else f"too few prompts ({r['prompts']})"),)
     return {
-        "unit": f"GRPO · mean reward of answers to {r['prompts']:,} held-out prompts, higher is better",
+        "unit": f"GRPO · mean reward of answers to {r['prompts']:,} held-out prompts{some}, higher is better",
         "numbers": [(_KINDS[name], f"{one['mean']:.3f}") for name, one in r["columns"].items()],
         "badges": [one for of_each in badges for one in of_each] if all(badges) else few,
         "note": f"{' → '.join(one['label'] for one in r['columns'].values()).capitalize()}.",

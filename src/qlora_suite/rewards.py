@@ -123,13 +123,22 @@ def most(rewards: Sequence[Reward]) -> float:
     return sum(reward.weight for reward in rewards)
 
 
-def in_words(rewards: Sequence[Reward]) -> str:
-    """For the console: what judges, with which weight, and which files are run for it."""
+def in_words(rewards: Sequence[Reward], published: bool = False) -> str:
+    """What judges, with which weight. For the console with the files that are run for it; `published`: with their names, no folder.
+
+    Raises ValueError for a file that is not there; not where it is `published`.
+    """
     of_each = []
     for reward in rewards:
         keys = {key: getattr(reward, key) for key in ("words", "min_words", "pattern") if getattr(reward, key) is not None}
         given = f" ({', '.join(f'{key}: {value}' for key, value in keys.items())})" if keys else ""
-        what = f"{reward.name}{given}" if reward.name else f"{reward.path} (runs {_parts(reward.path)[0]})"
+        if reward.name:
+            what = f"{reward.name}{given}"
+        elif published:
+            file, _, function = reward.path.rpartition(":")
+            what = f"{function} (a function of its maker's own, in {Path(file).name})"
+        else:
+            what = f"{reward.path} (runs {_parts(reward.path)[0]})"
         of_each.append(what if reward.weight == 1 else f"{reward.weight:g} x {what}")
     return " + ".join(of_each)
 
