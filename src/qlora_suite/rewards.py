@@ -46,7 +46,9 @@ class Candidate(Answer):
     """An answer as a reward gets it."""
 
     question: str = ""
-    """What the user said last; in a format that has no place for a system message, that may stand in front."""
+    """What the user said last. In training a system message may stand in front, in formats that write it as the beginning of a user turn
+    (oasst, human_assistant, instruct_output, some templates); at evaluation it never does.
+    """
     expected: str | None = None
     """The answer that the data has to this prompt, cut where that passed data.max_length; of several the first. None: it has none."""
 
