@@ -620,6 +620,22 @@ def test_answers_that_are_there_stay_and_a_pair_gives_its_chosen_one():
     assert later.turns == (*(Turn(role, text) for role, text in TALK[:3]), Turn("assistant", ""))
 
 
+def test_of_a_pair_of_one_answer_the_prompt_is_taken():
+    values = {"prompt": "hi", "chosen": "hello", "rejected": "hello "}
+    found = conversation_of(row(values), "pairs", source(form="pairs"), prompts=True)
+    assert isinstance(found, Conversation), found
+    assert (found.turns, found.rejected) == ((Turn("user", "hi"), Turn("assistant", "hello")), None)
+    assert "the same answer" in complaint(values, "pairs")
+
+
+def test_what_a_tool_said_last_is_answered_by_the_model():
+    values = said(("user", "hi"), ("assistant", "look"), ("tool", "found"))
+    found = conversation_of(row(values), "messages", source(form="messages", tool_turns="keep"), prompts=True)
+    assert isinstance(found, Conversation), found
+    assert [(t.role, t.content) for t in found.turns[-2:]] == [("tool", "found"), ("assistant", "")]
+    assert found.is_prompt
+
+
 @pytest.mark.parametrize(
     ("form", "values"),
     [

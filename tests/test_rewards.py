@@ -8,6 +8,8 @@ import pytest
 from conftest import MakeRecipe
 
 from qlora_suite import rewards
+from qlora_suite.checkpoint import changed_rewards
+from qlora_suite.files import sha256
 from qlora_suite.generation import Answer
 from qlora_suite.recipe import Reward
 from qlora_suite.recipe_file import load
@@ -101,6 +103,9 @@ def test_what_a_file_says_belongs_to_the_run_and_where_it_lies_does_not(tmp_path
         ("return 1.5", "reward polite gave 1.5, not a number from 0 to 1; the answer was 'hello'"),
         ("return None", "gave None"),
         ("return float('nan')", "gave nan"),
+        ("return float('inf')", "gave inf"),
+        ("return 10**400", "reward polite gave 10{79}, not a number from 0 to 1; the answer was 'hello'"),
+        ("return 10**9999", "reward polite failed with ValueError: .*limit.*; the answer was 'hello'"),
         ("return answer.txt", "reward polite failed with AttributeError"),
         ("raise SystemExit", "reward polite failed with SystemExit; the answer was 'hello'"),
         ("raise SystemExit(3)", "reward polite failed with SystemExit: 3; the answer was 'hello'"),
@@ -208,16 +213,69 @@ def test_a_file_may_import_the_files_beside_it_and_shadows_nothing(tmp_path: Pat
         "def polite(answer):\n    return json.loads('1') * (POLITE in answer.text)\n"
     )
     before = list(sys.path)
-    try:
-        judges = judges_of([Reward(path=f"{tmp_path}/own.py:polite")])
-    finally:
-        sys.modules.pop("words_of_ours", None)
+    judges = judges_of([Reward(path=f"{tmp_path}/own.py:polite")])
     assert sys.path == before
+    assert "words_of_ours" not in sys.modules
+    assert "colorsys" in sys.modules
     assert [judged(answer(text), judges)["polite"] for text in ("please", "now")] == [1, 0]
     (tmp_path / "own.py").write_text("raise RuntimeError('broken')\n")
     with pytest.raises(ValueError, match="cannot be run: RuntimeError: broken"):
         judges_of([Reward(path=f"{tmp_path}/own.py:polite")])
     assert sys.path == before
+
+
+HELPED = "from helpers import VALUE\nfrom more.of_them import HALF\n\ndef worth(answer):\n    return VALUE * HALF\n"
+
+
+def helped(folder: Path, value: int) -> Reward:
+    (folder / "more").mkdir(parents=True, exist_ok=True)
+    (folder / "my.py").write_text(HELPED)
+    (folder / "helpers.py").write_text(f"VALUE = {value}\n")
+    (folder / "more" / "of_them.py").write_text("HALF = 0.5\n")
+    return Reward(path=f"{folder}/my.py:worth")
+
+
+def test_each_file_gets_the_helpers_of_its_own_folder(tmp_path: Path) -> None:
+    judges = judges_of([helped(tmp_path / "a", 1), helped(tmp_path / "b", 0)])
+    assert judged(answer("x"), judges) == {"worth": 0.5, "worth_2": 0.0}
+    (tmp_path / "b" / "more" / "of_them.py").write_text("raise KeyError('broken')\n")
+    with pytest.raises(ValueError, match=r"my.py cannot be run: KeyError: 'broken'"):
+        judges_of([Reward(path=f"{tmp_path}/b/my.py:worth")])
+    assert not {"helpers", "more", "more.of_them"} & sys.modules.keys()
+
+
+def test_what_a_helper_says_belongs_to_the_run_and_is_what_is_run(tmp_path: Path) -> None:
+    def found(folder: Path) -> tuple[str, float]:
+        reward = Reward(path=f"{folder}/my.py:worth")
+        return next(iter(fingerprints([reward]).values())), judged(answer("x"), judges_of([reward]))["worth"]
+
+    helped(tmp_path / "a", 1)
+    before = found(tmp_path / "a")
+    assert before[1] == 0.5
+    helped(tmp_path / "b", 1)
+    assert found(tmp_path / "b") == before
+    helped(tmp_path / "a", 0)  # within the second, and as many bytes
+    changed = found(tmp_path / "a")
+    assert changed[1] == 0
+    (tmp_path / "a" / "more" / "of_them.py").write_text("HALF = 1.5\n")
+    assert len({before[0], changed[0], found(tmp_path / "a")[0]}) == 3
+    key = next(iter(fingerprints([Reward(path=f"{tmp_path}/a/my.py:worth")])))
+    assert changed_rewards({key: before[0]}, {key: changed[0]}) == {key: "worth"}
+
+
+def test_installed_packages_are_no_helpers(tmp_path: Path) -> None:
+    installed = tmp_path / "venv" / "site-packages"
+    installed.mkdir(parents=True)
+    (installed / "installed_one.py").write_text("VALUE = 1\n")
+    file = tmp_path / "my.py"
+    file.write_text(
+        f"import sys\nsys.path.append({str(installed)!r})\nimport installed_one\nsys.path.pop()\n\ndef f(answer):\n    return 1\n"
+    )
+    try:
+        assert list(fingerprints([Reward(path=f"{file}:f")]).values()) == [f"f {sha256(file)}"]
+        assert "installed_one" in sys.modules
+    finally:
+        sys.modules.pop("installed_one", None)
 
 
 def test_the_example_of_the_docstring_compares_with_the_answer_of_the_data(tmp_path: Path) -> None:

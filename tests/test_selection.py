@@ -11,11 +11,11 @@ import pytest
 from conftest import OASST1
 
 from qlora_suite import sources
-from qlora_suite.conversations import Conversation
+from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.preparation import prepare
-from qlora_suite.recipe import Recipe
+from qlora_suite.recipe import Recipe, Replies
 from qlora_suite.recipe_file import from_dict
-from qlora_suite.selection import SPLITS, Counts, Selection, SetCounts, selected
+from qlora_suite.selection import SPLITS, Counts, Selection, SetCounts, _weight, selected
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -359,6 +359,12 @@ def test_conversations_are_weighted_by_the_mean_length_of_what_is_learnt(tmp_pat
     assert numbers(taken(recipe(one))[0]["train"]) == {2: 2, 3: 2, 4: 1, 9: 2}
     one["replies"] = {"weights": [*weights, {"weight": 3}]}
     assert numbers(taken(recipe(one | {"weight": 2}))[0]["train"]) == {2: 4, 3: 4, 4: 6, 9: 4}
+
+
+def test_a_prompt_without_an_answer_has_no_weight_by_its_length():
+    weights = Replies.model_validate({"weights": ({"up_to_words": 3, "weight": 0}, {"weight": 2})})
+    asked = (Turn("user", "why?"), Turn("assistant", ""))
+    assert [_weight(Conversation("k", ("k",), "g", turns), weights) for turns in (asked, (asked[0], Turn("assistant", "so")))] == [1, 0]
 
 
 def test_texts_that_begin_with_the_same_marker_do_not_hold_each_other_out_and_those_of_one_question_stay_together(tmp_path, recipe):

@@ -919,3 +919,23 @@ def test_a_prompt_without_an_answer_is_what_the_model_is_asked(name: str, format
         assert row.ids[:length] == renderer.prompt(turns)
         assert renderer.answer_text([i for i, learn in zip(row.ids, row.supervised, strict=True) if learn][-2:]).strip() in ("", "hello")
         assert question_of(tokenizer.decode(row.ids[:length], skip_special_tokens=False)) == turns[-1].content
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("format", ["model", "chatml", "llama2", "oasst", "human_assistant", "instruct_output"])
+def test_a_question_is_found_behind_a_system_message_where_a_marker_tells_them_apart(name: str, format: str) -> None:
+    tokenizer = tokenizer_of(name)
+    chat = Chat(format=format)
+    renderer = Renderer(tokenizer, chat, add_role_markers(tokenizer, len(tokenizer) + 20, chat))
+    question_of = question_finder(renderer)
+    system, before = Turn("system", "Be nice,\n\nalways."), [Turn("user", "hi"), Turn("assistant", "hello")]
+
+    def found(*turns: Turn) -> str:
+        return question_of(tokenizer.decode(renderer.prompt(turns), skip_special_tokens=False))
+
+    asked = Turn("user", "say\n\nhi")
+    no_marker = format in ("oasst", "human_assistant", "instruct_output") or (
+        format == "model" and name in ("mistral_v1", "mistral_v3", "gemma2")
+    )
+    assert found(system, asked) == (f"{system.content}\n\n" if no_marker else "") + asked.content
+    assert found(system, *before, asked) == found(*before, asked) == found(asked) == asked.content

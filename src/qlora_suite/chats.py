@@ -13,8 +13,8 @@ Of `pairs` the chosen and the rejected messages may repeat the prompt, which the
 last turn alone. All but `text` may have a "system" beside. data.fields and data.roles give other names to keys and roles. A message with
 `"train": false` or `"weight": 0` is context and is not learnt.
 
-GRPO (`prompts` below) needs no answers: where a row ends on a user turn, an empty answer stands for the place where the model is asked. Of
-a pair the chosen answer is kept.
+GRPO (`prompts` below) needs no answers: where a row ends on a turn of the user or of a tool, an empty answer stands for the place where the
+model is asked. Of a pair the chosen answer is kept.
 
 A row that is no chat becomes a `BadRow` that names the key and the value; nothing is repaired in silence.
 """
@@ -98,7 +98,8 @@ def recognise(rows: Sequence[Row | BadRow], source: Source, prompts: bool = Fals
 
 
 def conversation_of(row: Row, form: Form, source: Source, prompts: bool = False) -> Conversation | BadRow:
-    """What a row says, in turns, or why it cannot be used. `prompts`: it may end on a user turn, behind which an empty answer is put.
+    """What a row says, in turns, or why it cannot be used. `prompts`: it may end on a turn of the user or of a tool,
+    behind which an empty answer is put.
 
     The key is the row's place, so that it leads back to it. The group is a hash of the first question (of a plain text: of what stands
     in front of the first thing learnt; without any, of everything), so that several answers to one prompt, or one chat written out
@@ -110,11 +111,11 @@ def conversation_of(row: Row, form: Form, source: Source, prompts: bool = False)
         if form == "text":
             turns = _text_turns(get.needed("text"), source)
         elif form == "pairs":
-            turns, rejected = _pair(get, _Reading(source))
+            turns, rejected = _pair(get, _Reading(source, prompts))
             rejected = None if prompts else rejected
         else:
             turns = _READERS[form](get, _Reading(source, prompts))
-            turns = (*turns, Turn("assistant", "")) if prompts and turns[-1].role == "user" else turns
+            turns = (*turns, Turn("assistant", "")) if prompts and turns[-1].role in ("user", "tool") else turns
     except _Bad as bad:
         return BadRow(row.place, bad.reason, bad.key, shown(bad.value) if bad.key else "")
     if sum(len(t.content) for t in turns) + len(rejected or "") > LONGEST:
@@ -304,7 +305,7 @@ def _pair(get: _Values, reading: _Reading) -> tuple[tuple[Turn, ...], str]:
         raise _Bad("chosen and rejected differ before their last turn", "rejected", get("rejected"))
     if not any(turn.role == "user" for turn in context):
         raise _Bad("no prompt in front of the answers", "prompt", get("prompt"))
-    if answer.content.strip() == other.content.strip():
+    if answer.content.strip() == other.content.strip() and not reading.prompts:  # which of them is better is not asked there
         raise _Bad("chosen and rejected are the same answer", "chosen", answer.content)
     return (*(replace(turn, learn=turn.role != "assistant") for turn in context), answer), other.content
 

@@ -14,16 +14,17 @@
 
 It gets a `Candidate`: `text`, `num_tokens`, `stopped` (did the model end it by itself?), `repetition`, `question` (what the user said
 last), `expected` (the answer that the data has) and `prompt` (all that stands before the answer, with the format's markers). Its file is
-run as Python, in every process of the run, and may import others beside it, at its top. It may take its time: as long as
-stop.hung_after_minutes for an answer, and on several processes for all of a step's, for they wait for each other. If it fails, the run
-ends with its last step saved; mended, it goes on from there.
+run as Python, in every process of the run, and may import others beside it, at its top (not within a function: by then they cannot be
+found any more). Each file gets those of its own folder, even where two folders have a helpers.py, and the run knows the hash of all of
+them: that one has changed is said when it resumes. It may take its time: as long as stop.hung_after_minutes for an answer, and on several
+processes for all of a step's, for they wait for each other. If it fails, the run ends with its last step saved; mended, it goes on from
+there.
 """
 
 import contextlib
-import functools
+import hashlib
 import importlib.util
 import itertools
-import math
 import numbers
 import re
 import sys
@@ -45,7 +46,9 @@ class Candidate(Answer):
     """An answer as a reward gets it."""
 
     question: str = ""
-    """What the user said last; in a format that has no place for a system message, that may stand in front."""
+    """What the user said last. In training a system message may stand in front, in formats that write it as the beginning of a user turn
+    (oasst, human_assistant, instruct_output, some templates); at evaluation it never does.
+    """
     expected: str | None = None
     """The answer that the data has to this prompt, cut where that passed data.max_length; of several the first. None: it has none."""
 
@@ -95,7 +98,10 @@ def judge_of(reward: Reward) -> Judge:
 
 
 def fingerprints(rewards: Sequence[Reward]) -> dict[str, str]:
-    """Of the files of own functions: what a run must find again when it resumes. Raises ValueError for a file that is not there."""
+    """Of the files of own functions, and of what they import from their folders: what a run must find again when it resumes.
+
+    Runs them, for what they import is known only then. Raises ValueError for a file that is not there, or cannot be run.
+    """
     return {f"grpo.rewards.{i}.path (function, and hash of its file)": _name_of(r.path) for i, r in enumerate(rewards) if r.path}
 
 
@@ -109,11 +115,13 @@ def judged(answer: Answer, judges: dict[str, tuple[float, Judge]]) -> dict[str, 
     for name, (_, judge) in judges.items():
         try:
             value = judge(candidate)
+            good = isinstance(value, numbers.Real | np.bool_) and bool(0 <= value <= 1)  # which nan is not
+            said = "" if good else repr(value)[:80]
         except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise RewardFailed(f"reward {name} failed with {what}; the answer was {answer.text[:80]!r}") from error
-        if not isinstance(value, numbers.Real | np.bool_) or not (math.isfinite(value) and 0 <= value <= 1):
-            raise RewardFailed(f"reward {name} gave {value!r}, not a number from 0 to 1; the answer was {answer.text[:80]!r}")
+        if not good:
+            raise RewardFailed(f"reward {name} gave {said}, not a number from 0 to 1; the answer was {answer.text[:80]!r}")
         values[name] = float(value)
     return values
 
@@ -145,43 +153,90 @@ def in_words(rewards: Sequence[Reward], published: bool = False) -> str:
 
 def _own(path: str) -> Judge:
     file, function = _parts(path)
-    module = _run(file, sha256(file))
-    found = getattr(module, function, None)
+    found = getattr(_run(file).module, function, None)
     if not callable(found):
         raise ValueError(f"grpo.rewards: {file} has no function {function}; define it there, or name another behind the colon")
     return found
 
 
-@functools.cache
-def _run(file: Path, digest: str) -> ModuleType:
-    """The file as a module; run once as it stands, however many of its functions are named."""
+@dataclass(frozen=True)
+class _Ran:
+    """A file of own functions, as it was run."""
+
+    module: ModuleType
+    digest: str
+    helpers: dict[Path, str]
+    """The files beside it (or in folders there) that it imported, and their hashes."""
+
+    def still_says(self, file: Path) -> bool:
+        return all(path.is_file() and sha256(path) == digest for path, digest in {file: self.digest, **self.helpers}.items())
+
+    def fingerprint(self, file: Path) -> str:
+        """Of a file that imports none the hash that `sha256sum` gives."""
+        if not self.helpers:
+            return self.digest
+        lines = sorted(f"{path.relative_to(file.parent).as_posix()} {digest}" for path, digest in self.helpers.items())
+        return hashlib.sha256("\n".join([self.digest, *lines]).encode()).hexdigest()
+
+
+_ran: dict[Path, _Ran] = {}
+
+
+def _run(file: Path) -> _Ran:
+    """The file as a module; run once as it and what it imports stand, however many of its functions are named."""
+    if file in _ran and _ran[file].still_says(file):
+        return _ran[file]
+    digest, helpers = sha256(file), {}
     name = f"own_rewards_{file.stem}_{digest[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look for it
     try:
-        with _beside(file):
+        with _beside(file, helpers):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ValueError(f"grpo.rewards: {file} cannot be run: {type(error).__name__}: {error}") from error
-    return module
+    _ran[file] = _Ran(module, digest, helpers)
+    return _ran[file]
 
 
 @contextlib.contextmanager
-def _beside(file: Path) -> Iterator[None]:
-    """Modules in the file's folder can be imported; one that has the name of another module does not take its place."""
-    folder = str(file.parent)
+def _beside(file: Path, helpers: dict[Path, str]) -> Iterator[None]:
+    """Modules in the file's folder can be imported; one that has the name of another module does not take its place.
+
+    Afterwards they are forgotten by their names, so that the next file gets its own `helpers`, and their files are in `helpers`.
+    """
+    folder, before, wrote_bytecode = str(file.parent), set(sys.modules), sys.dont_write_bytecode
+    importlib.invalidate_caches()
     sys.path.append(folder)
+    sys.dont_write_bytecode = True  # Python would take it for a file that was changed within the second, to as many bytes
     try:
         yield
     finally:
+        sys.dont_write_bytecode = wrote_bytecode
         del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]  # the last of them, which is ours
+        for name in [name for name in sys.modules if name not in before and _lies_in(file.parent, name)]:
+            path = vars(sys.modules.pop(name)).get("__file__")
+            if path is not None:  # a folder without __init__.py has none
+                helpers[Path(path)] = sha256(Path(path))
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    """Is it a module of the person's own in this folder? A package that is installed below it is none."""
+    package = name.partition(".")[0]
+    if package in sys.stdlib_module_names or package == __name__.partition(".")[0]:
+        return False
+    known = getattr(sys.modules[name], "__dict__", {})  # not by getattr: lazy modules would import what is asked for
+    path = known.get("__file__") or next(iter(known.get("__path__") or ()), None)
+    if not isinstance(path, str) or not Path(path).is_relative_to(folder):
+        return False
+    return not {"site-packages", "dist-packages"} & set(Path(path).relative_to(folder).parts)
 
 
 def _name_of(path: str) -> str:
     file, function = _parts(path)
-    return f"{function} {sha256(file)}"
+    return f"{function} {_run(file).fingerprint(file)}"
 
 
 def _parts(path: str) -> tuple[Path, str]:

@@ -370,7 +370,9 @@ def _hash(text: str) -> int:
 
 
 def _weight(conversation: Conversation, replies: Replies) -> float:
-    """By the mean number of words of what is learnt; of a pair, of its two answers."""
+    """By the mean number of words of what is learnt; of a pair, of its two answers. 1 for a prompt, whose answer is still to come."""
+    if conversation.is_prompt:
+        return 1.0
     words = [len(turn.content.split()) for turn in conversation.turns if turn.role == "assistant" and turn.learn]
     if conversation.rejected is not None:
         words.append(len(conversation.rejected.split()))

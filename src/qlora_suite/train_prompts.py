@@ -95,18 +95,29 @@ def question_finder(renderer: Renderer) -> Callable[[str], str]:
     """A function from the decoded text of a prompt to what the user said last in it.
 
     Told by trial: what stands in front of a question, behind it, and between an answer and the next question, is seen where the format
-    writes known ones.
+    writes known ones. A system message in front is told apart where the format writes a marker between the two (llama2, ChatML, most
+    templates); where it is the beginning of the first user turn (oasst, human_assistant, instruct_output) it stays there.
     """
 
     def written(*turns: Turn) -> str:
         return renderer.tokenizer.decode(renderer.prompt(turns), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    question, answer = Turn("user", "Where?"), Turn("assistant", "There!")
+    system, question, answer = Turn("system", "Be brief."), Turn("user", "Where?"), Turn("assistant", "There!")
     front, _, behind = written(question).rpartition(question.content)
     between = written(question, answer, question).rpartition(question.content)[0].rpartition(answer.content)[2]
+    try:
+        system_front, _, asked = written(system, question).partition(system.content)
+    except ValueError:  # a template that takes none
+        system_front, asked = "", ""
+    behind_system = asked.rpartition(question.content)[0]
 
     def question_of(text: str) -> str:
-        last = text.rpartition(between)[2] if between and between in text else text.removeprefix(front)
+        if between and between in text:
+            last = text.rpartition(between)[2]
+        elif behind_system.strip() and text.startswith(system_front) and behind_system in text:
+            last = text.partition(behind_system)[2]
+        else:
+            last = text.removeprefix(front)
         return last.partition(behind)[0] if behind else last
 
     return question_of
