@@ -7,7 +7,7 @@ A run notes them in its run.json as it begins, for the folders of earlier runs m
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ def stages_before(recipe: Recipe) -> list[Stage]:
 def noted_in(run: Path) -> list[Stage] | None:
     """What the run noted as it began; None for a run of an earlier version, which noted nothing."""
     about = read_json(run / "run.json") if (run / "run.json").is_file() else {}
-    return [Stage(**stage) for stage in about["stages_before"]] if "stages_before" in about else None
+    if "stages_before" not in about:
+        return None
+    return [Stage(**{field.name: stage.get(field.name) for field in fields(Stage)}) for stage in about["stages_before"]]
 
 
 def run_of(adapter: str) -> Path | None:
