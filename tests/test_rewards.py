@@ -13,7 +13,18 @@ from qlora_suite.files import sha256
 from qlora_suite.generation import Answer
 from qlora_suite.recipe import Reward
 from qlora_suite.recipe_file import load
-from qlora_suite.rewards import Candidate, RewardFailed, fingerprints, has_format, in_words, judged, judges_of, no_repetition, within_words
+from qlora_suite.rewards import (
+    Candidate,
+    RewardFailed,
+    fingerprints,
+    has_format,
+    in_words,
+    is_as_noted,
+    judged,
+    judges_of,
+    no_repetition,
+    within_words,
+)
 
 GRPO = ("data.packing=false", "grpo.max_new_tokens=16")
 
@@ -259,6 +270,9 @@ def test_what_a_helper_says_belongs_to_the_run_and_is_what_is_run(tmp_path: Path
     assert changed[1] == 0
     (tmp_path / "a" / "more" / "of_them.py").write_text("HALF = 1.5\n")
     assert len({before[0], changed[0], found(tmp_path / "a")[0]}) == 3
+    assert is_as_noted(f"{tmp_path}/a/my.py:worth", before[0]), "the file itself, which imports others now"
+    (tmp_path / "a" / "my.py").write_text(HELPED + "\n")
+    assert not is_as_noted(f"{tmp_path}/a/my.py:worth", before[0])
     key = next(iter(fingerprints([Reward(path=f"{tmp_path}/a/my.py:worth")])))
     assert changed_rewards({key: before[0]}, {key: changed[0]}) == {key: "worth"}
 

@@ -42,9 +42,9 @@ def judges_at_hand(wanted: Sequence[Reward], identity: Mapping[str, Any]) -> tup
     judges, left_out = {}, []
     for number, (name, reward) in enumerate(named(wanted).items()):
         try:
-            now = next(iter(rewards.fingerprints([reward]).values()), None)
-            before = next((value for key, value in identity.items() if key.startswith(f"grpo.rewards.{number}.path (")), now)
-            if now != before:
+            before = next((value for key, value in identity.items() if key.startswith(f"grpo.rewards.{number}.path (")), None)
+            same = before is None or (rewards.is_as_noted(reward.path, before) and before in rewards.fingerprints([reward]).values())
+            if not same:
                 raise _Changed(f"grpo.rewards: {reward.path} is not what it was in training: its file has changed since")
             judges[name] = reward.weight, rewards.judge_of(reward)  # which runs the file
         except (ValueError, OSError) as why:

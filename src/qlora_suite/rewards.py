@@ -105,6 +105,11 @@ def fingerprints(rewards: Sequence[Reward]) -> dict[str, str]:
     return {f"grpo.rewards.{i}.path (function, and hash of its file)": _name_of(r.path) for i, r in enumerate(rewards) if r.path}
 
 
+def is_as_noted(path: str, fingerprint: str) -> bool:
+    """Is the file of an own function the one of this fingerprint? It is not run; what it imports is not looked at."""
+    return sha256(_parts(path)[0]) == fingerprint.rpartition(" ")[2].partition("+")[0]
+
+
 def judged(answer: Answer, judges: dict[str, tuple[float, Judge]]) -> dict[str, float]:
     """Each reward of an answer, before its weight. One that is no `Candidate` has no `expected`, and its prompt is its question.
 
@@ -172,11 +177,11 @@ class _Ran:
         return all(path.is_file() and sha256(path) == digest for path, digest in {file: self.digest, **self.helpers}.items())
 
     def fingerprint(self, file: Path) -> str:
-        """Of a file that imports none the hash that `sha256sum` gives."""
+        """The hash that `sha256sum` gives, and behind a + one of what it imports."""
         if not self.helpers:
             return self.digest
         lines = sorted(f"{path.relative_to(file.parent).as_posix()} {digest}" for path, digest in self.helpers.items())
-        return hashlib.sha256("\n".join([self.digest, *lines]).encode()).hexdigest()
+        return f"{self.digest}+{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
 
 
 _ran: dict[Path, _Ran] = {}
