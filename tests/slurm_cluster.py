@@ -247,7 +247,7 @@ class Cluster:
             "JobRequeue": 1,
             "ReturnToService": 2,
             "SlurmdParameters": "config_overrides",  # 8 CPUs on fewer cores
-            "KillWait": 5,
+            "KillWait": 20,  # by default 30: a job that is asked to end on a busy machine needs more than a few
             "UnkillableStepTimeout": 20,
             "MinJobAge": 3600,
             "PreemptType": "preempt/partition_prio",

@@ -1,5 +1,7 @@
 """Random causal LMs of two layers, one of each architecture that has to work by the same code."""
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -43,7 +45,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def tiny(architecture: str = "phi", seed: int = 0) -> PreTrainedModel:
     """A fp32 model in eval mode; larger weights than usual, so that a leak or a wrong mask shows in the logits."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
