@@ -102,7 +102,7 @@ from torch import nn
 
 from qlora_suite import dataset
 from qlora_suite.adapter import adapter_commit, adapter_folder, load_adapter
-from qlora_suite.answer_rewards import judge_answers, judges_at_hand, named, summary
+from qlora_suite.answer_rewards import judge_answers, judges_at_hand, summary
 from qlora_suite.assistant import load as load_assistant
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
@@ -125,7 +125,7 @@ from qlora_suite.prequantized import record_of
 from qlora_suite.ranks import gathered, taking_turns, together
 from qlora_suite.report import benchmark_lines, cut_line, findings, left_out_lines, markdown, result_table
 from qlora_suite.report_page import journals_of, report_page
-from qlora_suite.rewards import in_words
+from qlora_suite.rewards import in_words, named
 from qlora_suite.run_facts import hardware
 from qlora_suite.sample_answers import BATCH, Prompt, answer_all, as_column, chosen_prompts, concise_words, read_answers
 from qlora_suite.stages import method_of

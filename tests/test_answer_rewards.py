@@ -15,7 +15,7 @@ from in_process import evaluate
 from playwright.sync_api import Page
 
 from qlora_suite import dataset
-from qlora_suite.answer_rewards import judge_answers, judges_at_hand, named, summary
+from qlora_suite.answer_rewards import judge_answers, judges_at_hand, summary
 from qlora_suite.compared_runs import comparison_of, notes, read_run, result_rows
 from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.evaluation import scorable
@@ -207,7 +207,7 @@ def test_a_reward_keeps_its_name_if_the_one_before_it_is_gone(tmp_path: Path) ->
     assert list(judges) == ["f_2"]
     assert left_out == ["f: there is no file gone.py"]
     many = [Reward(path=f"{tmp_path}/here.py:f"), Reward(path=f"{tmp_path}/here.py:f"), Reward(name="no_repetition")]
-    assert list(named(many)) == list(judges_of(many)), "the names of training"
+    assert list(judges_of(many)) == ["f", "f_2", "no_repetition"], "the names of training"
 
 
 def test_while_a_reward_is_left_out_there_is_no_verdict(report: dict[str, Any]) -> None:

@@ -734,8 +734,8 @@ def test_pairs_are_prompts_for_grpo_and_policies_of_pairs_are_not(script: Module
 
 def test_trees_are_the_same_with_grpo_and_without(script: ModuleType, make_recipe: MakeRecipe) -> None:
     path = make_recipe("data.packing=false", "chat.role_markers=text")
-    prepared(script, load(path))
-    load_manifest(load(path, [GRPO[-1]]))
+    manifest = prepared(script, load(path))
+    assert load_manifest(load(path, [GRPO[-1]]))["files"] == manifest["files"], "not stale"
 
 
 def test_prompts_are_shown_for_grpo_and_nothing_of_answers_that_are_not_read(script: ModuleType, make_recipe: MakeRecipe, capsys) -> None:

@@ -23,16 +23,6 @@ from qlora_suite.tracking import StepBar, say
 Judges = dict[str, tuple[float, Judge]]
 
 
-def named(wanted: Sequence[Reward]) -> dict[str, Reward]:
-    """The rewards by the names that they had in training (as `rewards.judges_of`), whichever of them can still be asked."""
-    found: dict[str, Reward] = {}
-    for reward in wanted:
-        name = reward.name or reward.path.rpartition(":")[2]
-        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
-        found[next(free for free in names if free not in found)] = reward
-    return found
-
-
 def judges_at_hand(wanted: Sequence[Reward], identity: Mapping[str, Any]) -> tuple[Judges, list[str]]:
     """(the rewards that can be asked, which cannot): a file of one's own may be gone by now, or say something else.
 
@@ -40,7 +30,7 @@ def judges_at_hand(wanted: Sequence[Reward], identity: Mapping[str, Any]) -> tup
     returned is published, so that it has neither a folder nor the words of somebody's error.
     """
     judges, left_out = {}, []
-    for number, (name, reward) in enumerate(named(wanted).items()):
+    for number, (name, reward) in enumerate(rewards.named(wanted).items()):
         try:
             before = next((value for key, value in identity.items() if key.startswith(f"grpo.rewards.{number}.path (")), None)
             same = before is None or (rewards.is_as_noted(reward.path, before) and before in rewards.fingerprints([reward]).values())

@@ -80,12 +80,17 @@ def no_repetition(answer: Answer) -> float:
 
 
 def judges_of(rewards: Sequence[Reward]) -> dict[str, tuple[float, Judge]]:
-    """{name: (weight, function)}; a name that comes again gets a number. Raises ValueError for a file without the function."""
-    found: dict[str, tuple[float, Judge]] = {}
+    """{name: (weight, function)}. Raises ValueError for a file without the function."""
+    return {name: (reward.weight, judge_of(reward)) for name, reward in named(rewards).items()}
+
+
+def named(rewards: Sequence[Reward]) -> dict[str, Reward]:
+    """Of one's own the function's name; one that comes again gets a number."""
+    found: dict[str, Reward] = {}
     for reward in rewards:
         name = reward.name or reward.path.rpartition(":")[2]
         names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
-        found[next(free for free in names if free not in found)] = (reward.weight, judge_of(reward))
+        found[next(free for free in names if free not in found)] = reward
     return found
 
 
