@@ -205,6 +205,42 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                 limit, checkpointing = run.with_less_memory(state, engine, limit, checkpointing, micro, lengths)
                 set_checkpointing(base, checkpointing)
 
+        def learn(places: dict[int, int], answers: list[Sample], teaches: bool) -> list[list[float]]:
+            """The updates of one step, which has a prompt's row at each of `places`, from this rank's answers to them. Returns of each its
+            loss, its gradient's norm, and the sums of grpo.MEASURES; where nothing `teaches`, of one that measures the loss alone.
+            """
+            updates, num_answers = [], len(places) * config.group_size
+            for update in range(config.updates if teaches else 1):
+                loss_sum, grad_norm, *measured = engine.totals(gradients_of(answers, num_answers, first=update == 0))
+                loss = loss_sum / num_answers
+                updates.append([loss, grad_norm, *measured])
+                found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
+                if not teaches and found != anomalies.NOT_FINITE:
+                    engine.step(False)  # of the KL divergence there is a gradient, whose rounding errors Adam would make whole steps
+                    continue
+                applied = is_applied(found, recipe.optim)
+                if found and not is_scale_search(found, loss, dtype, engine.loss_scale(), state.skipped_in_a_row):
+                    run.add_anomaly(state, found, None, loss, grad_norm, applied)
+                engine.step(applied)
+                anomalies.count(state, grad_norm, applied)
+                if not applied:
+                    with together(accelerator):
+                        step_rows = [int(prompts.row_numbers[number]) for number in places.values()]
+                        most, scale = recipe.train.max_skipped_steps, engine.loss_scale()
+                        check_skipped(state.skipped_in_a_row, most, dtype, scale, found, step_rows)
+            return updates
+
+        def end_before_the_step(failed: rewards.RewardFailed | None, anywhere: bool) -> None:
+            """For a request to stop, or a reward that `failed`, here or `anywhere`, no rank has begun the step: save the last one."""
+            saved = False
+            if state.step:
+                with watch.allow(f"saving step {state.step}"):
+                    saved = run.save(state, net, engine, tokenizer, required=not anywhere)
+            with together(accelerator):
+                if failed:
+                    kept = f"step {state.step} is {'' if saved else 'NOT '}saved" if state.step else "nothing has been learnt yet"
+                    raise ValueError(f"{failed}; {kept}: mend the function, and the same command goes on") from failed
+
         def look_around() -> None:
             """Previews where they are due. A request to stop cuts them short, and the resumed run makes up for it."""
             if run.preview_due(state, engine):
@@ -228,15 +264,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                     except rewards.RewardFailed as error:
                         answers, failed = None, error
                 none, fails = engine.sum_over_ranks(answers is None, failed is not None)
-                if none:  # a request to stop, or a reward that failed on one rank: the step has not begun on any
-                    saved = False
-                    if state.step:
-                        with watch.allow(f"saving step {state.step}"):
-                            saved = run.save(state, net, engine, tokenizer, required=not fails)
-                    with together(accelerator):
-                        if failed:
-                            kept = f"step {state.step} is {'' if saved else 'NOT '}saved" if state.step else "nothing has been learnt yet"
-                            raise ValueError(f"{failed}; {kept}: mend the function, and the same command goes on") from failed
+                if none:
+                    end_before_the_step(failed, anywhere=fails > 0)
                     outcome = run_folder.ON_REQUEST
                     break
 
@@ -251,25 +280,8 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                         f"step {step + 1}: within each of its groups all answers earned the same, so nothing is learnt from it (said once; "
                         "groups_alike in metrics.jsonl is their share)"
                     )
-                updates, skipped_before = [], state.skipped_steps
-                for update in range(config.updates if teaches else 1):  # one, to measure the loss
-                    loss_sum, grad_norm, *measured = engine.totals(gradients_of(answers, num_answers, first=update == 0))
-                    loss = loss_sum / num_answers
-                    updates.append([loss, grad_norm, *measured])
-                    found = anomaly(loss, grad_norm, state.norms, recipe.optim.spike_ratio)
-                    if not teaches and found != anomalies.NOT_FINITE:
-                        engine.step(False)  # of the KL divergence there is a gradient, whose rounding errors Adam would make whole steps
-                        continue
-                    applied = is_applied(found, recipe.optim)
-                    if found and not is_scale_search(found, loss, dtype, engine.loss_scale(), state.skipped_in_a_row):
-                        run.add_anomaly(state, found, None, loss, grad_norm, applied)
-                    engine.step(applied)
-                    anomalies.count(state, grad_norm, applied)
-                    if not applied:
-                        with together(accelerator):
-                            step_rows = [int(prompts.row_numbers[number]) for number in places.values()]
-                            most, scale = recipe.train.max_skipped_steps, engine.loss_scale()
-                            check_skipped(state.skipped_in_a_row, most, dtype, scale, found, step_rows)
+                skipped_before = state.skipped_steps
+                updates = learn(places, answers, teaches)
 
                 state.step = step + 1
                 means = samples.means(total, num_answers)
