@@ -26,7 +26,7 @@ import argparse
 from pathlib import Path
 
 from qlora_suite.command_line import check_recipe, parser_for, read_arguments, with_clear_errors
-from qlora_suite.recipe import Chat, Model
+from qlora_suite.recipe import Chat, Model, Recipe
 
 NUM_ANSWERS = 6
 """Held-out questions that are answered for reading."""
@@ -100,7 +100,7 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 from torch import nn
 
-from qlora_suite import dataset
+from qlora_suite import dataset, fast_paths
 from qlora_suite.adapter import adapter_commit, adapter_folder, load_adapter
 from qlora_suite.answer_rewards import judge_answers, judges_at_hand, summary
 from qlora_suite.assistant import load as load_assistant
@@ -328,7 +328,7 @@ def scores_of(
     missing = [name for name in column.renderers if name not in scores]
     if missing:
         with taking_turns(accelerator):
-            net = load_column(column, accelerator.device, dtype)
+            net = load_column(column, accelerator.device, dtype, subject.recipe)
             limit = limit_for(accelerator.device.type, load_config(column.model).get_text_config().vocab_size)
     for name in missing:
         progress = partial(bar, label=f"{column.label}, {name}")
@@ -490,10 +490,12 @@ def quantized_from(model: Model, dtype: torch.dtype) -> str | None:
     return record["precision"] if record else str(dtype).removeprefix("torch.")
 
 
-def load_column(column: Column, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The base, or the base under its adapter."""
+def load_column(column: Column, device: torch.device, dtype: torch.dtype, recipe: Recipe) -> nn.Module:
+    """The base, or the base under its adapter, to be scored in the faster ways that the recipe allows."""
     base = load_base(column.model, dtype, device)
-    return base if column.adapter is None else load_adapter(base, column.adapter)
+    net = base if column.adapter is None else load_adapter(base, column.adapter)
+    fast_paths.take_to_score(net, recipe.speed, dtype, recipe.data.max_length)
+    return net
 
 
 def limit_for(device_type: str, vocab_size: int) -> Limit:

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_suite import evaluation, oasst1, sources
+from qlora_suite import evaluation, fast_paths, oasst1, sources
 from qlora_suite.adapter import adapter_folder, load_adapter
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
@@ -365,6 +365,28 @@ def test_a_run_is_compared_with_its_base_and_shown_at_once_the_second_time(finis
     assert f"{report['adapter']['bits_per_byte']:.4f}" in text
     monkeypatch.setattr(script("evaluate"), "load_column", None)  # every score is on disk
     assert {**evaluate(run), "made_by": None} == {**report, "made_by": None}
+
+
+def test_scores_are_computed_in_the_faster_ways_and_are_the_plain_ones(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    real = fast_paths.take_to_score
+    monkeypatch.setattr(fast_paths, "take_to_score", lambda *args: taken.append(real(*args)))
+    adapter = str(finished.parent / "run" / "final")
+    fast = evaluate(finished, f"output.dir={tmp_path / 'fast'}", adapter=adapter)
+    assert [(p.attention, p.head, p.lora != "off", p.copies) for p in taken] == [
+        ("each conversation by itself", "tiled", False, "off"),
+        ("each conversation by itself", "tiled", False, "off"),
+        ("each conversation by itself", "tiled", True, "off"),
+    ], "base, base in 4 bits, adapter"
+    taken.clear()
+    plainly = "speed={attention: plain, head: plain, lora: plain, gelu: plain}"
+    plain = evaluate(finished, f"output.dir={tmp_path / 'plain'}", plainly, adapter=adapter)
+    assert {(p.attention, p.head, p.lora) for p in taken} == {("off", "off", "off")}
+    for row, same in zip(fast["conversations"], plain["conversations"], strict=True):
+        for name in ("base_nats", "adapter_nats"):
+            assert row[name] == pytest.approx(same[name], rel=1e-5), "in 4 bits and in 32"
 
 
 @pytest.fixture

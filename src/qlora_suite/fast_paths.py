@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,6 +27,8 @@ from qlora_suite.recipe import Speed
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Of the norm of the difference of two gradients to their norm: rounding is below it, another function far above."""
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Of the loss, which is all there is of a model that is only scored."""
 SMALL = 1e-2
 """A tensor whose gradient is smaller than this share of the largest is measured against that: of it little but rounding is left."""
 OFF = "off"
@@ -44,6 +47,15 @@ class FastPaths:
         return "; ".join(f"{name}: {what}" for name, what in vars(self).items())
 
 
+def take_to_score(net: nn.Module, speed: Speed, dtype: torch.dtype, longest: int) -> FastPaths:
+    """`take` for a model of which only losses are asked, on one process. It keeps no copies of weights: each is unpacked once for all the
+    rows of a batch, which are many.
+    """
+    base = net.get_base_model() if isinstance(net, PeftModel) else net
+    without_copies = speed.model_copy(update={"dequantize_once": False, "compile": False})
+    return take(net, base, without_copies, dtype, longest, packed=False, engine=compatibility.ONE)
+
+
 def take(net: nn.Module, base: PreTrainedModel, speed: Speed, dtype: torch.dtype, longest: int, packed: bool, engine: str) -> FastPaths:
     """Change how `net` computes, before an engine wraps it. `base`: the model inside it; `engine`: in compatibility.py's words.
 
@@ -57,7 +69,7 @@ def take(net: nn.Module, base: PreTrainedModel, speed: Speed, dtype: torch.dtype
         def kept(stop_using: Callable[[], None], words: str) -> str:
             """`words`, if the model computes what it did; else it goes back to the plain way."""
             try:
-                differs = _differs(plain, _trial(net, base, dtype, packed), TOLERANCE[dtype])
+                differs = _differs(plain, _trial(net, base, dtype, packed), dtype)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:  # it cannot take what is given to it
                 differs = f"it fails here ({str(error).splitlines()[0][:80]})"
             if differs:
@@ -135,18 +147,19 @@ def _loss(net: nn.Module, base: PreTrainedModel, dtype: torch.dtype, packed: boo
 
 
 def _trial(net: nn.Module, base: PreTrainedModel, dtype: torch.dtype, packed: bool) -> list[Tensor | None]:
-    """The loss, and its gradient by trained tensor, on the CPU. Noise (dropout) is off."""
+    """The loss, and its gradient by trained tensor (there may be none), on the CPU. Noise (dropout) is off."""
     was_training, trained = net.training, [p for p in net.parameters() if p.requires_grad]
     net.eval()
     try:
-        loss = _loss(net, base, dtype, packed)
-        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        with torch.set_grad_enabled(bool(trained)):  # as a model that is scored will be asked
+            loss = _loss(net, base, dtype, packed)
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True) if trained else ()
         return [loss.detach().cpu(), *(None if g is None else g.float().cpu() for g in gradients)]
     finally:
         net.train(was_training)
 
 
-def _differs(plain: list[Tensor | None], found: list[Tensor | None], tolerance: float) -> str:
+def _differs(plain: list[Tensor | None], found: list[Tensor | None], dtype: torch.dtype) -> str:
     """Why the two are not of one function; nothing if they are. The loss first, then each gradient against its own size."""
     largest = max((float(g.norm()) for g in plain[1:] if g is not None), default=0.0)
     for i, (a, b) in enumerate(zip(plain, found, strict=True)):
@@ -154,6 +167,6 @@ def _differs(plain: list[Tensor | None], found: list[Tensor | None], tolerance: 
             return "its results differ"
         size = max(float(a.norm()), SMALL * largest if i else 0.0) if a is not None else 0.0
         apart = float((a - b).norm()) if a is not None else 0.0
-        if math.isnan(apart) or apart > tolerance * size:
+        if math.isnan(apart) or apart > (TOLERANCE if i else LOSS_TOLERANCE)[dtype] * size:
             return "its results differ"
     return ""
