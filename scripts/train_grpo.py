@@ -10,6 +10,8 @@ what scripts/train.py writes, and
 
     samples.md       the answers to one prompt of each of the last steps, with their rewards: to look at
     samples.jsonl    the same for every step
+
+but no black boxes: what stood around a step that went wrong is in these two.
 """
 
 from qlora_suite.command_line import parser_for, read_arguments, read_recipe, with_clear_errors
@@ -227,7 +229,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
                     with together(accelerator):
                         step_rows = [int(prompts.row_numbers[number]) for number in places.values()]
                         most, scale = recipe.train.max_skipped_steps, engine.loss_scale()
-                        check_skipped(state.skipped_in_a_row, most, dtype, scale, found, step_rows)
+                        check_skipped(state.skipped_in_a_row, most, dtype, scale, found, step_rows, has_box=False)
             return updates
 
         def end_before_the_step(failed: rewards.RewardFailed | None, anywhere: bool) -> None:
@@ -329,6 +331,12 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         if journal is not None and not journal.flush():
             say(f"samples.jsonl LACKS its last lines ({journal.error}); the same command does not write them again")
         with together(accelerator):
+            if state.step == num_steps and not state.norms and state.skipped_steps:
+                raise ValueError(
+                    f"none of the {state.skipped_steps} steps from which something could be learnt was applied, so there is no result; "
+                    "metrics.jsonl says why of each. Where it is fp16 in search of its loss scale, more steps or bf16 help; choose another "
+                    "output.dir"
+                )
             if state.step == num_steps and not state.norms:
                 raise ValueError(
                     f"in none of the {num_steps} steps did two answers to one prompt earn differently, so nothing was learnt, and there is "

@@ -16,7 +16,7 @@ from playwright.sync_api import Page
 
 from qlora_suite import dataset
 from qlora_suite.answer_rewards import judge_answers, judges_at_hand, summary
-from qlora_suite.compared_runs import comparison_of, notes, read_run, result_rows
+from qlora_suite.compared_runs import REWARD_FILES, comparison_of, notes, read_run, result_rows
 from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.evaluation import scorable
 from qlora_suite.files import file_table, read_json, write_json, write_text
@@ -190,6 +190,14 @@ def test_what_is_wrong_with_a_file_is_published_without_its_folder(tmp_path: Pat
     if body:
         (tmp_path / "own.py").write_text(body)
     assert judges_at_hand([Reward(path=f"{tmp_path}/own.py:f")], {}) == ({}, [said])
+
+
+def test_a_file_that_may_not_be_looked_at_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", refused)  # as in a folder that one may not enter; root may enter each
+    assert judges_at_hand([Reward(path=f"{tmp_path}/own.py:f")], {}) == ({}, ["f: own.py cannot be read: PermissionError"])
 
 
 def test_a_value_that_is_none_is_not_published_either(tmp_path: Path) -> None:
@@ -371,9 +379,12 @@ def test_runs_side_by_side_have_their_mean_reward(run: Path, copy: Path, report:
         assert row["ended within the limit"] == ""
 
 
-@pytest.mark.parametrize("what", ["in_words", "weights", "file"])
+@pytest.mark.parametrize("what", ["in_words", "weights", "file", "prompts", "max_new_tokens"])
 def test_means_of_different_rewards_do_not_stand_in_one_column(run: Path, copy: Path, report: dict[str, Any], what: str) -> None:
-    if what == "file":
+    if what in ("prompts", "max_new_tokens"):
+        other = report["answers"][what][:-1] if what == "prompts" else 1
+        write_json(copy / "report.json", {**report, "answers": {**report["answers"], what: other}})
+    elif what == "file":
         status = read_json(copy / "status.json")
         status["identity"] = {k: f"{v}x" if k.startswith("grpo.rewards.") else v for k, v in status["identity"].items()}
         write_json(copy / "status.json", status)
@@ -382,7 +393,16 @@ def test_means_of_different_rewards_do_not_stand_in_one_column(run: Path, copy: 
         write_json(copy / "report.json", {**report, "rewards": {**report["rewards"], what: other}})
     (compared,) = comparison_of([run, copy], samples=50)
     assert [row["mean reward"] for row in result_rows(compared)] == [""] * len(compared.entries)
-    assert any("The mean reward is left out" in note for note in notes(compared))
+    (note,) = (note for note in notes(compared) if "The mean reward is left out" in note)
+    assert ("by different rewards: " in note) == (what == "in_words")
+
+
+def test_only_files_of_ones_own_have_a_hash_beside_the_settings(copy: Path) -> None:
+    assert REWARD_FILES in read_run(copy).settings
+    status = read_json(copy / "status.json")
+    status["identity"] = {k: v for k, v in status["identity"].items() if ".path (" not in k}
+    write_json(copy / "status.json", status)
+    assert REWARD_FILES not in read_run(copy).settings
 
 
 def test_runs_that_cannot_be_compared_are_told_why_and_what_to_do(run: Path, chain: dict[str, Path], capsys: Any) -> None:

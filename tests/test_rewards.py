@@ -1,5 +1,6 @@
 """What an answer is worth, by cases; and a person's own function, which is run and watched."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -275,6 +276,43 @@ def test_what_a_helper_says_belongs_to_the_run_and_is_what_is_run(tmp_path: Path
     assert not is_as_noted(f"{tmp_path}/a/my.py:worth", before[0])
     key = next(iter(fingerprints([Reward(path=f"{tmp_path}/a/my.py:worth")])))
     assert changed_rewards({key: before[0]}, {key: changed[0]}) == {key: "worth"}
+
+
+def test_our_scripts_take_no_library_and_no_helper_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of a script that runs is the first in Python's path, and ours holds an evaluate.py and a generate.py."""
+    scripts = str(Path(__file__).parents[1] / "scripts")
+    monkeypatch.setattr(sys, "path", [scripts, *sys.path])
+    for name in ("evaluate", "generate"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "generate.py").write_text("HALF = 0.5\n")
+    (tmp_path / "my.py").write_text(
+        "import sys\nimport evaluate\nfrom generate import HALF\nsys.path.append('of_its_own')\n\n"
+        "def f(answer):\n    return HALF * hasattr(evaluate, 'load')\n"
+    )
+    before = list(sys.path)
+    try:
+        assert judged(answer("x"), judges_of([Reward(path=f"{tmp_path}/my.py:f")])) == {"f": 0.5}
+        assert sys.path == [*before, "of_its_own"]
+    finally:
+        sys.modules.pop("evaluate", None)
+
+
+def test_a_package_that_was_loaded_before_keeps_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout below the file's folder: its classes must not come twice, nor belong to the reward."""
+    package = tmp_path / "checkout" / "loaded_one"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "part.py").write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "checkout"))
+    try:
+        importlib.import_module("loaded_one")
+        file = tmp_path / "my.py"
+        file.write_text("import loaded_one.part\n\ndef f(answer):\n    return 1\n")
+        assert list(fingerprints([Reward(path=f"{file}:f")]).values()) == [f"f {sha256(file)}"]
+        assert "loaded_one.part" in sys.modules
+    finally:
+        for name in ("loaded_one", "loaded_one.part"):
+            sys.modules.pop(name, None)
 
 
 def test_installed_packages_are_no_helpers(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from chain import WINDOWS, chain  # noqa: F401
-from in_process import evaluate, metrics, script
+from in_process import evaluate, metrics, script, train
 from published import publish
 
 from qlora_suite.assistant import load
@@ -61,6 +61,20 @@ def test_the_first_run_may_be_gone(runs: dict[str, Path]) -> None:
     shutil.rmtree(runs["sft"])
     shutil.rmtree(runs["dpo"])
     assert subject_of(runs["grpo"], []).asked_within == 256
+
+
+def test_a_run_that_goes_on_keeps_what_it_noted_as_it_began(runs: dict[str, Path], tmp_path: Path) -> None:
+    recipe, run = runs["dpo"] / "recipe.yaml", tmp_path / "again"
+    ours = (f"output.dir={run}", f"adapter.start_from={runs['sft'] / 'final'}")
+    train(recipe, *ours, "stop.after_minutes=1e-9")
+    noted = read_json(run / "run.json")["stages_before"]
+    assert [stage["method"] for stage in noted] == ["sft"]
+    for path in runs["sft"].iterdir():  # all that resuming needs of it is its adapter
+        if path.name != "final":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(recipe, *ours)
+    about = read_json(run / "run.json")
+    assert (about["stages_before"], about["attempt"]) == (noted, 2)
 
 
 def test_of_a_run_without_the_note_the_folders_are_looked_at(runs: dict[str, Path]) -> None:

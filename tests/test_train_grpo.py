@@ -481,7 +481,7 @@ def test_a_finished_run_says_so_and_another_reward_is_another_run(recipe: Path, 
     try:
         own.write_text(LETTERS.replace("'e'", "'a'"))
         train(recipe, f"output.dir={whole}", by="train_grpo")
-        assert "the file of the reward letters has changed since this run was made" in capsys.readouterr().out
+        assert "the file of the reward letters, or one that it imports, has changed since this run was made" in capsys.readouterr().out
     finally:
         own.write_text(LETTERS)
     with pytest.raises(ValueError, match=r"grpo.rewards.0.name: was None, is now 'no_repetition'"):
@@ -712,7 +712,7 @@ def test_a_reward_that_fails_loses_no_step_and_mended_it_goes_on(recipe: Path, w
     train(recipe, *ours, by="train_grpo")
     said = capsys.readouterr().out
     assert f"goes on from {run / 'checkpoints' / 'step-000003'}" in said
-    assert said.count("not exact: the file of the reward letters has changed since the checkpoint") == 1
+    assert said.count("not exact: the file of the reward letters, or one that it imports, has changed since the checkpoint") == 1
     events = [record for record in lines(run / "metrics.jsonl") if "event" in record]
     assert [(r["event"], r["step"], r["reward"]) for r in events] == [("the file of a reward has changed", 3, "letters")]
     assert incidents(lines(run / "metrics.jsonl"))[0]["last"] == "reward letters"
@@ -841,6 +841,14 @@ def test_a_run_without_a_better_answer_ends_in_a_sentence(recipe: Path) -> None:
         assert state_of(run) == ("failed", 2)
     assert not (run / "final").exists()
     assert column(metrics(run), "groups_alike") == [1, 1]
+
+
+def test_a_run_of_which_no_step_was_applied_ends_in_another_sentence(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script("train_grpo"), "is_applied", lambda *_: False)  # as fp16 that is in search of its loss scale
+    run = recipe.parent / "never applied"
+    with pytest.raises(ValueError, match=r"none of the 4 steps from which something could be learnt was applied"):
+        train(recipe, f"output.dir={run}", "train.max_steps=2", "train.max_skipped_steps=9", by="train_grpo")
+    assert state_of(run) == ("failed", 2)
 
 
 def test_whether_a_step_teaches_is_one_answer_on_two_processes(recipe: Path) -> None:

@@ -4,7 +4,8 @@
                   and is only counted, unless the search does not end
     a spike       the gradient's norm is far above the last ones': clipped or left out, as optim.on_spike says
 
-Either is said, noted in metrics.jsonl, and leaves a black box (black_box.py). All ranks see the same loss and norm and decide alike.
+Either is said, noted in metrics.jsonl, and leaves a black box (black_box.py; not under GRPO, whose samples.jsonl says more). All ranks
+see the same loss and norm and decide alike.
 """
 
 import math
@@ -49,7 +50,9 @@ def count(state: State, grad_norm: float, applied: bool) -> None:
         state.norms = [*state.norms, grad_norm][-HISTORY:]
 
 
-def check_skipped(in_a_row: int, limit: int, dtype: torch.dtype, scale: float, found: str, step_rows: Sequence[int]) -> None:
+def check_skipped(
+    in_a_row: int, limit: int, dtype: torch.dtype, scale: float, found: str, step_rows: Sequence[int], has_box: bool = True
+) -> None:
     """Raises ValueError after `limit` steps in a row that could not be applied. fp16 gets a few more, to find its scale."""
     if dtype == torch.float16 and scale >= 1:
         limit += SCALE_SEARCH_STEPS
@@ -59,7 +62,8 @@ def check_skipped(in_a_row: int, limit: int, dtype: torch.dtype, scale: float, f
         NOT_FINITE: "the loss or the gradient was not finite",
         SPIKE: "the gradient was far above the last ones' (optim.on_spike: skip)",
     }
+    look = "black_box/ names their conversations, and where it began" if has_box else "samples.jsonl has answers of each step"
     raise ValueError(
         f"{in_a_row} steps in a row were not applied, in the last of which, with rows {list(step_rows)}, {because[found]}; the last "
-        "checkpoint is good: lower optim.learning_rate, or look at these rows (black_box/ names their conversations, and where it began)"
+        f"checkpoint is good: lower optim.learning_rate, or look at these rows ({look})"
     )

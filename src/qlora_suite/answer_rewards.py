@@ -35,7 +35,7 @@ def judges_at_hand(wanted: Sequence[Reward], identity: Mapping[str, Any]) -> tup
             before = next((value for key, value in identity.items() if key.startswith(f"grpo.rewards.{number}.path (")), None)
             same = before is None or (rewards.is_as_noted(reward.path, before) and before in rewards.fingerprints([reward]).values())
             if not same:
-                raise _Changed(f"grpo.rewards: {reward.path} is not what it was in training: its file has changed since")
+                raise _Changed(f"grpo.rewards: {reward.path} is not what it was in training: its file, or one that it imports, has changed")
             judges[name] = reward.weight, rewards.judge_of(reward)  # which runs the file
         except (ValueError, OSError) as why:
             say(f"not judged: {why}")
@@ -51,12 +51,12 @@ def _of_file(reward: Reward, why: Exception) -> str:
     """What is wrong with a file of one's own, in words that may be published."""
     file, _, function = reward.path.rpartition(":")
     name = Path(file).name
+    if isinstance(why, _Changed):
+        return f"{name} is not what it was in training: it, or a file that it imports, has changed since"
+    if isinstance(why, OSError):  # before its folder is looked into, which may be what cannot be read
+        return f"{name} cannot be read: {type(why).__name__}"
     if not Path(file).is_file():
         return f"there is no file {name}"
-    if isinstance(why, _Changed):
-        return f"{name} is not what it was in training: it has changed since"
-    if isinstance(why, OSError):
-        return f"{name} cannot be read: {type(why).__name__}"
     return f"{name} cannot be run: {type(why.__cause__).__name__}" if why.__cause__ else f"{name} has no function {function}"
 
 

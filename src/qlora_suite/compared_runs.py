@@ -108,7 +108,7 @@ def read_run(folder: Path) -> EvaluatedRun:
     settings = {**{key: _word(value) for key, value in flatten(recipe).items() if key not in PLACES}, **_beyond(run)}
     identity = read_json(folder / "status.json").get("identity") or {}
     settings["data (hash)"] = str(identity.get(DATA))[:12]  # the recipe may be the same, and what stood in its files not
-    if own := {key: value for key, value in identity.items() if key.startswith("grpo.rewards.")}:
+    if own := {key: value for key, value in identity.items() if key.startswith("grpo.rewards.") and ".path (" in key}:
         settings[REWARD_FILES] = hash_of(own)[:12]  # as well: a file of one name may say something else
     seed = settings.pop("seed")
     metrics = read_journal(folder / "metrics.jsonl")
@@ -268,7 +268,11 @@ def notes(compared: ComparedSet) -> list[str]:
             "it is about the data, and knows nothing of other seeds."
         )
     if len(judged := _judged_by(compared)) > 1:
-        found.append(f"The mean reward is left out, for the runs were judged by different rewards: {' | '.join(judged.values())}.")
+        words = list(dict.fromkeys(judged.values()))
+        why = f"were judged by different rewards: {' | '.join(words)}"
+        if len(words) == 1:
+            why = "were judged by other versions of a reward's file, or answered other prompts, or at another length"
+        found.append(f"The mean reward is left out, for the runs {why}.")
     twice = [e.name for e in compared.entries for o in compared.entries if e is not o and _same(e, o)]
     if twice:
         found.append(f"{', '.join(twice)} have the same settings and the same seed: one result twice, no second seed.")
@@ -289,12 +293,15 @@ def result_rows(compared: ComparedSet) -> list[dict[str, str]]:
 
 
 def _judged_by(compared: ComparedSet) -> dict[tuple[Any, ...], str]:
-    """The rewards by which the runs' answers were judged, each with its words: a mean is compared with means of the same alone."""
+    """What the runs' answers were judged by, and which answers: a mean is compared with means of the same alone. Each with the rewards in
+    words.
+    """
     found = {}
     for run in (run for entry in compared.entries for run in entry.runs):
         if _worth(run) is not None:
-            r = run.report["rewards"]
-            found[r["in_words"], tuple(r["weights"].items()), run.settings.get(REWARD_FILES)] = r["in_words"]
+            r, answers = run.report["rewards"], run.report["answers"]
+            of_what = hash_of(answers["prompts"]), answers["max_new_tokens"]
+            found[r["in_words"], tuple(r["weights"].items()), run.settings.get(REWARD_FILES), of_what] = r["in_words"]
     return found
 
 

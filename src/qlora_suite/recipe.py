@@ -318,7 +318,7 @@ class Optim(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient of a step is scaled down to this norm."""
     spike_ratio: Annotated[float, Field(gt=1)] = 10.0
-    """A gradient norm above so many times the median of the last 200 is a spike: noted, with a black box."""
+    """A gradient norm above so many times the median of the last 200 is a spike: noted, with a black box (not under GRPO)."""
     on_spike: Literal["clip", "skip"] = "clip"
     """What becomes of such a step: clipped to max_grad_norm, like every other, or not applied."""
 

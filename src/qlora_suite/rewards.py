@@ -17,8 +17,8 @@ last), `expected` (the answer that the data has) and `prompt` (all that stands b
 run as Python, in every process of the run, and may import others beside it, at its top (not within a function: by then they cannot be
 found any more). Each file gets those of its own folder, even where two folders have a helpers.py, and the run knows the hash of all of
 them: that one has changed is said when it resumes. It may take its time: as long as stop.hung_after_minutes for an answer, and on several
-processes for all of a step's, for they wait for each other. If it fails, the run ends with its last step saved; mended, it goes on from
-there.
+processes for all of a step's, for they wait for each other (in an evaluation 20 minutes for all answers: one process has no limit). If it
+fails, the run ends with its last step saved; mended, it goes on from there.
 """
 
 import contextlib
@@ -47,7 +47,8 @@ class Candidate(Answer):
 
     question: str = ""
     """What the user said last. In training a system message may stand in front, in formats that write it as the beginning of a user turn
-    (oasst, human_assistant, instruct_output, some templates); at evaluation it never does.
+    (oasst, human_assistant, instruct_output, some templates), and behind a tool's result it may be that, as the template writes it; at
+    evaluation neither is.
     """
     expected: str | None = None
     """The answer that the data has to this prompt, cut where that passed data.max_length; of several the first. None: it has none."""
@@ -213,23 +214,27 @@ def _run(file: Path) -> _Ran:
 
 @contextlib.contextmanager
 def _beside(file: Path, helpers: dict[Path, str]) -> Iterator[None]:
-    """Modules in the file's folder can be imported; one that has the name of another module does not take its place.
+    """Modules in the file's folder can be imported; one that has the name of another module does not take its place. Nor do our scripts,
+    whose folder is the first in the path of one that runs: libraries and helpers are named evaluate, generate or chat as well.
 
     Afterwards they are forgotten by their names, so that the next file gets its own `helpers`, and their files are in `helpers`.
     """
     folder, before, wrote_bytecode = str(file.parent), set(sys.modules), sys.dont_write_bytecode
+    of_scripts = {place: entry for place, entry in enumerate(sys.path) if entry != folder and (Path(entry) / "train_grpo.py").is_file()}
     importlib.invalidate_caches()
-    sys.path.append(folder)
+    sys.path[:] = [*(entry for entry in sys.path if entry not in of_scripts.values()), folder]
     sys.dont_write_bytecode = True  # Python would take it for a file that was changed within the second, to as many bytes
     try:
         yield
     finally:
         sys.dont_write_bytecode = wrote_bytecode
         del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]  # the last of them, which is ours
-        for name in [name for name in sys.modules if name not in before and _lies_in(file.parent, name)]:
-            path = vars(sys.modules.pop(name)).get("__file__")
-            if path is not None:  # a folder without __init__.py has none
-                helpers[Path(path)] = sha256(Path(path))
+        for place, entry in of_scripts.items():  # what the file itself has put into the path stays
+            sys.path.insert(place, entry)
+        for name in [name for name in sys.modules if name.partition(".")[0] not in before and _lies_in(file.parent, name)]:
+            helper = vars(sys.modules.pop(name)).get("__file__")
+            if helper is not None:  # a folder without __init__.py has none
+                helpers[Path(helper)] = sha256(Path(helper))
 
 
 def _lies_in(folder: Path, name: str) -> bool:

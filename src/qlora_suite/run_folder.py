@@ -150,7 +150,7 @@ class Run:
         """Raises ValueError if a finished run was started again with other curve keys."""
         changed = checkpoint.check_identity(self.status.identity, now, self.path)
         if changed and self.main:
-            say(f"note       the file of the reward {' and '.join(changed)} has changed since this run was made")
+            say(f"note       the file of the reward {' and '.join(changed)}, or one that it imports, has changed since this run was made")
 
     def resume(self, net: nn.Module, now: Mapping[str, Any], precision: str) -> State:
         """Load the newest good checkpoint's weights, before an engine shards them, or begin.
@@ -188,7 +188,7 @@ class Run:
         if found and state.precision not in ("", precision):
             say(f"not exact: it was computed in {state.precision} and goes on in {precision}")
         for reward in changed:
-            say(f"not exact: the file of the reward {reward} has changed since the checkpoint")
+            say(f"not exact: the file of the reward {reward}, or one that it imports, has changed since the checkpoint")
         self.saves.newest = found
         self.metrics = Journal(self.path / "metrics.jsonl", state.step)
         self.previews = Journal(self.path / "previews.jsonl", state.step)
@@ -223,6 +223,8 @@ class Run:
                 world = self.accelerator.num_processes
                 servable, because = servable_as(self.recipe, manifest)
                 precision = precision_name(engine.dtype)
+                noted = stages.noted_in(self.path) if self.resumed_from else None
+                before = stages.stages_before(self.recipe) if noted is None else noted
                 self._about = {
                     "recipe": self.recipe.model_dump(mode="json"),
                     "data_manifest": {key: manifest[key] for key in ("counts", "sources", "role_markers")},
@@ -241,7 +243,7 @@ class Run:
                     "versions": {"python": platform.python_version(), **versions()},
                     "git": git_state(),
                     "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                    "stages_before": stages.record(stages.stages_before(self.recipe)),
+                    "stages_before": stages.record(before),
                     "attempt": self.status.attempt,
                 }
                 write_json(self.path / "run.json", self._about)
