@@ -333,7 +333,7 @@ def train(recipe: Recipe, verify_data: bool = False) -> None:
         with together(accelerator):
             if state.step == num_steps and not state.norms and state.skipped_steps:
                 raise ValueError(
-                    f"none of the {state.skipped_steps} steps from which something could be learnt was applied, so there is no result; "
+                    f"none of the {state.skipped_steps} updates from which something could be learnt was applied, so there is no result; "
                     "metrics.jsonl says why of each. Where it is fp16 in search of its loss scale, more steps or bf16 help; choose another "
                     "output.dir"
                 )

@@ -846,7 +846,7 @@ def test_a_run_without_a_better_answer_ends_in_a_sentence(recipe: Path) -> None:
 def test_a_run_of_which_no_step_was_applied_ends_in_another_sentence(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script("train_grpo"), "is_applied", lambda *_: False)  # as fp16 that is in search of its loss scale
     run = recipe.parent / "never applied"
-    with pytest.raises(ValueError, match=r"none of the 4 steps from which something could be learnt was applied"):
+    with pytest.raises(ValueError, match=r"none of the 4 updates from which something could be learnt was applied"):
         train(recipe, f"output.dir={run}", "train.max_steps=2", "train.max_skipped_steps=9", by="train_grpo")
     assert state_of(run) == ("failed", 2)
 
