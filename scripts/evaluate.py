@@ -104,6 +104,7 @@ from qlora_suite import dataset, fast_paths
 from qlora_suite.adapter import adapter_commit, adapter_folder, load_adapter
 from qlora_suite.answer_rewards import judge_answers, judges_at_hand, summary
 from qlora_suite.assistant import load as load_assistant
+from qlora_suite.base_config import load_config
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
 from qlora_suite.compare_page import compare_page
@@ -118,7 +119,7 @@ from qlora_suite.evaluation import AnswerScore, Cut, Excerpt, excerpts, release_
 from qlora_suite.files import hash_of, read_json, sha256, write_json, write_text
 from qlora_suite.harness import Benchmarks, harness_scores
 from qlora_suite.incidents import incidents
-from qlora_suite.model import base_fingerprint, hub_commit, load_base, load_config, versions
+from qlora_suite.model import base_fingerprint, hub_commit, load_base, versions
 from qlora_suite.preferences import HeldOutPairs, compare_pairs, of_pairs, pairs_that_fit
 from qlora_suite.preparation import tokenizer_hash
 from qlora_suite.prequantized import record_of

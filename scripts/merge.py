@@ -41,12 +41,13 @@ from rich.progress import track
 from rich.table import Table
 
 from qlora_suite.assistant import Assistant, load
+from qlora_suite.base_config import load_config
 from qlora_suite.evaluation import release_memory
 from qlora_suite.files import file_table, folder_made_aside, read_json, sha256, write_json, write_text
 from qlora_suite.hub_folder import MERGED, MERGED_VERSION
 from qlora_suite.merge_quality import RULE, Rows, compare, measured_rows, recommended
 from qlora_suite.merging import merged, published_base, published_type, target_type, write_model
-from qlora_suite.model import base_fingerprint, commit_of, load_base, load_config, logical_size, versions
+from qlora_suite.model import base_fingerprint, commit_of, load_base, logical_size, versions
 from qlora_suite.modelfile import modelfile, reads_safetensors, stop_texts
 from qlora_suite.recipe import Model
 from qlora_suite.run_facts import hardware

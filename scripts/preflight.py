@@ -41,9 +41,9 @@ import torch
 
 from qlora_suite import accelerate_config, compatibility, dataset, measured_step, memory_estimate, module_table
 from qlora_suite import preflight_checks as checks
+from qlora_suite.base_config import load_config
 from qlora_suite.batches import Order
 from qlora_suite.files import write_json
-from qlora_suite.model import load_config
 from qlora_suite.preflight_checks import Finding, caught, refused
 from qlora_suite.preflight_page import page_console, show, show_findings
 from qlora_suite.recipe import Recipe

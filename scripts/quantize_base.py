@@ -32,8 +32,9 @@ if __name__ == "__main__":  # before the imports that take seconds
 import torch
 from transformers import PreTrainedConfig
 
+from qlora_suite.base_config import load_config, load_tokenizer
 from qlora_suite.files import file_table, folder_made_aside, write_json
-from qlora_suite.model import base_fingerprint, commit_of, load_base, load_config, load_tokenizer, versions
+from qlora_suite.model import base_fingerprint, commit_of, load_base, versions
 from qlora_suite.prequantized import FORMAT_VERSION, RECORD, quantization_of
 from qlora_suite.recipe import Model
 from qlora_suite.tracking import say

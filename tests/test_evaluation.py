@@ -1,5 +1,6 @@
 """What scripts/evaluate.py measures: every answer once, the same whatever the batches, and an interval that knows its trees."""
 
+import html
 import math
 import re
 import shutil
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_suite import evaluation, fast_paths, oasst1, sources
 from qlora_suite.adapter import adapter_folder, load_adapter
+from qlora_suite.base_config import load_tokenizer
 from qlora_suite.batches import Limit
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation, Turn
@@ -41,7 +43,6 @@ from qlora_suite.evaluation import (
 from qlora_suite.files import read_json, write_json
 from qlora_suite.loss import collate, summed_loss
 from qlora_suite.metric import corpus_perplexity
-from qlora_suite.model import load_tokenizer
 from qlora_suite.recipe import Chat, Evaluation, Model
 from qlora_suite.report import headline
 from qlora_suite.role_markers import add_role_markers
@@ -212,7 +213,7 @@ def test_few_trees_give_no_verdict_and_one_gives_no_interval() -> None:
     assert alone["interval_95"] is None
     assert alone["bits_per_byte"] == pytest.approx(-10 / LN2 / 100)
     cell = {"bits_per_byte": 1.0, "perplexity": 2.0}
-    said = headline({"base": cell, "adapter": cell, "difference": alone})
+    said = headline({"base": {**cell, "format": "oasst"}, "adapter": cell, "difference": alone, "formats": {}})
     assert "too few trees (1) for a verdict" in said
     assert "interval" not in said
 
@@ -365,6 +366,23 @@ def test_a_run_is_compared_with_its_base_and_shown_at_once_the_second_time(finis
     assert f"{report['adapter']['bits_per_byte']:.4f}" in text
     monkeypatch.setattr(script("evaluate"), "load_column", None)  # every score is on disk
     assert {**evaluate(run), "made_by": None} == {**report, "made_by": None}
+
+
+def test_a_base_that_is_scored_in_the_runs_format_alone_is_said_to_be(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.parent / "run", tmp_path / "run"))
+    whole = evaluate(run)
+    assert len(whole["formats"]) == 3
+    assert "the base at its best" in (run / "report.md").read_text()
+    report = evaluate(run, "evaluation.base_formats=trained")
+    assert report["formats"].keys() == {"oasst"}
+    assert {"base_unquantised", "base_quantised", "adapter"} == report["formats"]["oasst"].keys()
+    assert report["base"]["bits_per_byte"] == min(
+        report["formats"]["oasst"][name]["bits_per_byte"] for name in whole["labels"] if "base" in name
+    )
+    for file in ("report.md", "report.html"):
+        text = html.unescape((run / file).read_text())
+        assert "The base is scored in the run's format alone" in text
+        assert "at its best" not in text
 
 
 def test_scores_are_computed_in_the_faster_ways_and_are_the_plain_ones(

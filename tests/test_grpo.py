@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from qlora_suite import reference_weights
+from qlora_suite.base_config import load_tokenizer
 from qlora_suite.grpo import advantages, are_alike, log_probabilities, summed_loss
 from qlora_suite.loss import Batch, collate
-from qlora_suite.model import load_tokenizer
 from qlora_suite.recipe import Model
 
 GROUP, BETA, CLIP = 4, 0.04, 0.2

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from qlora_suite import model as models
 from qlora_suite.adapter import add_adapter
+from qlora_suite.base_config import load_tokenizer
 from qlora_suite.loss import Batch, collate, summed_loss
-from qlora_suite.model import base_fingerprint, compute_dtype, load_base, load_tokenizer, logical_size
+from qlora_suite.model import base_fingerprint, compute_dtype, load_base, logical_size
 from qlora_suite.recipe import Adapter, Model
 
 CPU = torch.device("cpu")

@@ -15,11 +15,11 @@ from in_process import script
 from transformers import AutoTokenizer
 
 from qlora_suite import dataset, preflight_checks
+from qlora_suite.base_config import load_config
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation
 from qlora_suite.dataset import Rows, load_manifest, read_conversations
 from qlora_suite.files import write_json
-from qlora_suite.model import load_config
 from qlora_suite.preparation import prepare
 from qlora_suite.recipe import Recipe
 from qlora_suite.recipe_file import load

@@ -17,12 +17,12 @@ from conftest import ROOT, MakeRecipe, run_script, write_recipe
 from in_process import metrics, prepared, script, train
 
 from qlora_suite import cards, grpo, module_table, preflight_checks, preflight_page
+from qlora_suite.base_config import load_config
 from qlora_suite.batches import Order
 from qlora_suite.dataset import Rows, load_manifest
 from qlora_suite.disk_space import need_of
 from qlora_suite.files import read_json, write_json
 from qlora_suite.memory_estimate import Component, Estimate, Limit, Step
-from qlora_suite.model import load_config
 from qlora_suite.module_table import Skeleton, Stored
 from qlora_suite.preflight_checks import Finding, Place
 from qlora_suite.recipe import Recipe, Speed

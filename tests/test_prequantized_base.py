@@ -23,9 +23,10 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from qlora_suite import model as models
 from qlora_suite.adapter import add_adapter
+from qlora_suite.base_config import load_tokenizer
 from qlora_suite.files import read_json, write_json
 from qlora_suite.loss import collate, summed_loss
-from qlora_suite.model import base_fingerprint, load_base, load_tokenizer
+from qlora_suite.model import base_fingerprint, load_base
 from qlora_suite.preparation import tokenizer_hash
 from qlora_suite.prequantized import RECORD
 from qlora_suite.recipe import Adapter, Model

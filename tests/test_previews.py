@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_suite.base_config import load_tokenizer
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Turn
 from qlora_suite.generation import Answer, answer, record, repetition, summary, write_timeline
-from qlora_suite.model import load_tokenizer
 from qlora_suite.recipe import Chat, Model
 from qlora_suite.role_markers import add_role_markers
 

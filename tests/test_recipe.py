@@ -50,7 +50,7 @@ FREE = _words("""
     train.micro_batch train.gradient_checkpointing train.max_skipped_steps
     speed.attention speed.head speed.lora speed.gelu speed.dequantize_once speed.compile
     stop.after_minutes stop.hung_after_minutes
-    evaluation.every_steps evaluation.budget_tokens evaluation.patience evaluation.bootstrap_samples
+    evaluation.every_steps evaluation.budget_tokens evaluation.patience evaluation.bootstrap_samples evaluation.base_formats
     previews.prompts previews.every_steps previews.max_new_tokens
     checkpoints.every_steps checkpoints.every_minutes checkpoints.keep
     tracking.trackers tracking.project
@@ -208,6 +208,7 @@ TEXT = ("chat.format=text",)
         (("evaluation.budget_tokens=300",), "evaluation: budget_tokens has no effect without every_steps"),
         (("adapter=none",), "adapter: none trains every weight, which nf4 forbids"),
         (("output.final_dtype=float16",), "output.final_dtype has an effect with adapter: none alone"),
+        ((*TEXT, "evaluation.base_formats=trained"), "evaluation.base_formats has no effect with chat.format: text"),
         (("adapter.init=pissa",), "adapter.init: pissa needs an unquantised base"),
         (("adapter.init=olora", "model.quantization=int8"), "adapter.init: olora needs an unquantised base"),
         (("adapter.init=orthogonal",), "adapter.init: orthogonal needs an unquantised base"),

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from conftest import write_recipe
 from in_process import evaluate, prepared, train
 from playwright.sync_api import Page
 
-from qlora_suite import charts, dataset, sample_answers
+from qlora_suite import charts, dataset, fast_paths, sample_answers
 from qlora_suite.charts import Interval, Series
 from qlora_suite.conversations import Conversation, Turn
 from qlora_suite.files import read_json, write_text
@@ -223,6 +224,19 @@ def test_the_bases_answers_are_those_of_the_base(run: Path) -> None:
     assert [one["text"] for one in columns["base"]["answers"]] == [one.text for one in expected]
     assert columns["base"]["answers"] != columns["adapter"]["answers"]
     assert columns["base"]["label"] == "base, nf4"
+
+
+def test_answers_are_given_in_the_faster_ways_and_are_the_plain_ones(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken = []
+    real = fast_paths.take_to_answer
+    monkeypatch.setattr(fast_paths, "take_to_answer", lambda *args: taken.append(real(*args)))
+    same = Path(shutil.copytree(run, tmp_path / "run"))
+    fast = evaluate(same, answer_tokens=20)["answers"]
+    shutil.rmtree(same / "evaluation")
+    plain = evaluate(same, "speed={attention: plain, head: plain, lora: plain, dequantize_once: false}", answer_tokens=20)["answers"]
+    assert [(p.lora != "off", p.copies != "off") for p in taken] == [(True, True), (False, False)]
+    assert plain == fast
+    assert {name: len(column["answers"]) for name, column in fast["columns"].items()} == {"base": 5, "adapter": 5}
 
 
 def test_answers_are_kept_until_something_that_made_them_changes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,16 @@ def test_after_the_imports_ctrl_c_says_what_it_has_left(make_recipe: MakeRecipe,
     assert ended.output == "interrupted; the same command goes on from the last checkpoint\n"
 
 
+def test_preparing_data_does_without_what_computes(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Their imports would take longer than the preparation of a small file."""
+    computing = ("bitsandbytes", "peft", "torch._dynamo", "transformers.modeling_utils")
+    told = f"import atexit, runpy\natexit.register(lambda: print([name for name in {computing} if name in sys.modules], file=sys.stderr))\n"
+    done = run("prepare_data.py", make_recipe(), f"data.prepared={tmp_path / 'prepared'}", before=told)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert (tmp_path / "prepared" / "manifest.json").is_file()
+    assert "'peft'" in run("train.py", make_recipe("data.prepared=nowhere"), before=told).stderr
+
+
 def tell_verify() -> None:
     """Prelude: what `load_manifest` was asked."""
 

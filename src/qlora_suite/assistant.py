@@ -19,9 +19,10 @@ from peft import PeftModel
 from torch import nn
 
 from qlora_suite.adapter import adapter_folder, load_adapter
+from qlora_suite.base_config import load_config
 from qlora_suite.chat import Renderer
 from qlora_suite.files import hash_of, read_json, sha256
-from qlora_suite.model import base_fingerprint, load_base, load_config
+from qlora_suite.model import base_fingerprint, load_base
 from qlora_suite.prequantized import source_of
 from qlora_suite.recipe import Model, Recipe
 from qlora_suite.subject import Subject, renderer_of

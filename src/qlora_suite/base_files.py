@@ -15,8 +15,6 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from qlora_suite.recipe import Model
 
-MOST_LAYERS, LARGEST_SIZE = 1000, 10_000_000
-"""Sizes of a config beyond which no causal LM is: the vocabulary is the largest of them, and has some 300,000 entries."""
 UNSTORED, FEW = 2, 10_000_000
 """A model may have so many times the weights that its files hold, and some: weights that are missing are named when it is loaded."""
 SMALLEST_WEIGHT = 0.5
@@ -44,15 +42,6 @@ def check_is_no_adapter(model: Model) -> None:
     found = cached_file(model.base, ADAPTER_CONFIG_NAME, revision=model.revision, _raise_exceptions_for_missing_entries=False)
     if found is not None:
         raise ValueError(f"{model.base} holds an {ADAPTER_CONFIG_NAME}: an adapter, which names a base of its own; give that as model.base")
-
-
-def check_sizes(config: PreTrainedConfig) -> None:
-    """Raises ValueError for a config that no causal LM has, before a model is built from it."""
-    text = config.get_text_config()
-    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        value, most = getattr(text, key, 1), MOST_LAYERS if key == "num_hidden_layers" else LARGEST_SIZE
-        if isinstance(value, int) and not 1 <= value <= most:
-            raise ValueError(f"its config.json has {key}: {value:,}, which is no causal LM's (1 to {most:,})")
 
 
 def check_weights(model: Model, config: PreTrainedConfig) -> None:

@@ -56,6 +56,15 @@ def take_to_score(net: nn.Module, speed: Speed, dtype: torch.dtype, longest: int
     return take(net, base, without_copies, dtype, longest, packed=False, engine=compatibility.ONE)
 
 
+def take_to_answer(net: nn.Module, speed: Speed, dtype: torch.dtype, longest: int) -> FastPaths:
+    """`take` for a model that answers, on one process. A few rows, a token at a time, would unpack the weights for each: it keeps copies
+    where there is room (a quarter of the memory), whatever training was asked to keep.
+    """
+    base = net.get_base_model() if isinstance(net, PeftModel) else net
+    where_there_is_room = {"dequantize_once": False if speed.dequantize_once is False else "auto", "compile": False}
+    return take(net, base, speed.model_copy(update=where_there_is_room), dtype, longest, packed=False, engine=compatibility.ONE)
+
+
 def take(net: nn.Module, base: PreTrainedModel, speed: Speed, dtype: torch.dtype, longest: int, packed: bool, engine: str) -> FastPaths:
     """Change how `net` computes, before an engine wraps it. `base`: the model inside it; `engine`: in compatibility.py's words.
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from huggingface_hub.repocard import metadata_save
 
+from qlora_suite.base_config import load_config
 from qlora_suite.files import folder_aside, write_json, write_text
 from qlora_suite.hub_folder import CARD, MARK, Result, check_place, roots_of
 from qlora_suite.leaks import complaint_about_leaks
-from qlora_suite.model import load_config
 from qlora_suite.model_card import inline, quantization_arguments
 from qlora_suite.recipe import Model
 

@@ -13,9 +13,9 @@ import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 
 from qlora_suite import chats, oasst1, sources
+from qlora_suite.base_config import load_config, load_tokenizer
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation
-from qlora_suite.model import load_config, load_tokenizer
 from qlora_suite.recipe import FIELDS, PAIR_POLICIES, Chat, Data, Dpo, Form, Model, Recipe, Source
 from qlora_suite.recipe_file import from_dict
 from qlora_suite.rendered import Rendered

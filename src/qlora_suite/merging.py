@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from qlora_suite.adapter import drops_bias
 from qlora_suite.assistant import Assistant
+from qlora_suite.base_config import load_config
 from qlora_suite.chat import Renderer
-from qlora_suite.model import load_base, load_config
+from qlora_suite.model import load_base
 from qlora_suite.recipe import Model
 from qlora_suite.result import save_pretrained
 from qlora_suite.subject import unquantised_base

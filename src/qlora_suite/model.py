@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from qlora_suite import base_files, prequantized
 from qlora_suite import recipe as recipes
+from qlora_suite.base_config import cannot_load, load_config
 from qlora_suite.files import sha256
-from qlora_suite.leaks import redacted
 
 PRECISIONS = {"no": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of the accelerate config; `fp32` is not accelerate's: scripts/verify.py sets it in the environment."""
@@ -45,27 +45,6 @@ def compute_dtype(device: torch.device, asked: str) -> torch.dtype:
     return PRECISIONS[asked]
 
 
-def load_config(model: recipes.Model) -> PreTrainedConfig:
-    """The base's config. Raises ValueError if there is no such model, or its code would have to be run."""
-    try:
-        config = AutoConfig.from_pretrained(model.base, revision=model.revision, trust_remote_code=False)
-        base_files.check_sizes(config)
-    except Exception as error:  # whatever transformers makes of a file that may say anything
-        raise ValueError(_cannot_load(model, error)) from error
-    return config
-
-
-def load_tokenizer(model: recipes.Model) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, as published. Raises ValueError if it is missing, damaged or has no end token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.base, revision=model.revision, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing narrower for a damaged tokenizer.json
-        raise ValueError(_cannot_load(model, error, "tokenizer" if Path(model.base).is_dir() else "base model")) from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {model.base} has no end token, so a model could not learn to stop; give it an eos_token")
-    return tokenizer
-
-
 def load_base(
     model: recipes.Model, dtype: torch.dtype, device: torch.device, quant_storage: torch.dtype | None = None, fused_gelu: bool = True
 ) -> PreTrainedModel:
@@ -86,7 +65,7 @@ def load_base(
         base_files.check_is_no_adapter(model)
         base_files.check_weights(model, config)
     except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load(model, error)) from error
+        raise ValueError(cannot_load(model, error)) from error
     prequantized.check_quantization(model, config, quant_storage)
     quantized_already = prequantized.quantization_of(config) is not None
     if quantized_already:  # its own settings stand, but for the precision, which is this run's
@@ -106,7 +85,7 @@ def load_base(
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load(model, error)) from error
+        raise ValueError(cannot_load(model, error)) from error
     except RuntimeError as error:
         # transformers goes on after an error in quantising a weight, and in the end raises one of its own that does not name it
         if _times_memory_was_short(device) > memory_was_short and not isinstance(error, torch.OutOfMemoryError):
@@ -181,7 +160,7 @@ def commit_of(model: recipes.Model) -> str | None:
     try:
         config = cached_file(model.base, CONFIG_NAME, revision=model.revision)
     except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load(model, error)) from error
+        raise ValueError(cannot_load(model, error)) from error
     return extract_commit_hash(config, None) or model.revision  # the cache keeps each commit in a folder that is named for it
 
 
@@ -215,7 +194,7 @@ def check_reachable(model: recipes.Model) -> None:
         base_files.check_is_no_adapter(model)
         base_files.weight_files(model)
     except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load(model, error)) from error
+        raise ValueError(cannot_load(model, error)) from error
 
 
 def versions() -> dict[str, str]:
@@ -255,11 +234,3 @@ def _quantization(model: recipes.Model, dtype: torch.dtype, storage: torch.dtype
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=storage,
     )
-
-
-def _cannot_load(model: recipes.Model, error: Exception, what: str = "base model") -> str:
-    where = f"folder {model.base}" if Path(model.base).exists() else f"{model.base} (neither a folder here nor reachable on the hub)"
-    why = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-    if "trust_remote_code" in str(error):
-        why = "it brings code of its own, which is never run here; take a base that transformers knows by itself"
-    return f"cannot load the {what} from {where}: {redacted(why)}"

@@ -15,11 +15,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from qlora_suite.base_config import load_config
 from qlora_suite.base_origin import HUB_ID
 from qlora_suite.files import read_json
 from qlora_suite.hub_folder import MARK, MERGED, Result, recipes_before
 from qlora_suite.loss_unit import loss_unit
-from qlora_suite.model import load_config
 from qlora_suite.prequantized import quantization_of, source_of
 from qlora_suite.recipe import Model, Recipe
 from qlora_suite.report import COLUMNS, findings

@@ -18,7 +18,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_suite.adapter import IN_A_LAYER, add_adapter
-from qlora_suite.model import load_config, prepare_config
+from qlora_suite.base_config import load_config
+from qlora_suite.model import prepare_config
 from qlora_suite.recipe import Recipe, Speed
 
 BLOCK, NESTED_BLOCK = 64, 256

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from qlora_suite import accelerate_config, adapter, checkpoint, compatibility, grpo, prequantized, rewards, run_facts, start_from
+from qlora_suite.base_config import load_tokenizer
 from qlora_suite.base_files import weight_files
 from qlora_suite.batches import Order, check_division
 from qlora_suite.cards import Card
@@ -33,7 +34,7 @@ from qlora_suite.evaluation import check_dev_rows
 from qlora_suite.files import read_json
 from qlora_suite.memory_estimate import Estimate, Sampled, fits
 from qlora_suite.micro_batch import HEADROOM, in_words
-from qlora_suite.model import BF16_CAPABILITY, PRECISIONS, check_reachable, load_tokenizer
+from qlora_suite.model import BF16_CAPABILITY, PRECISIONS, check_reachable
 from qlora_suite.module_table import Skeleton
 from qlora_suite.recipe import Recipe
 from qlora_suite.remarks import remarks

@@ -13,11 +13,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qlora_suite import dataset, sources
+from qlora_suite.base_config import load_config, load_tokenizer
 from qlora_suite.chat import Renderer
 from qlora_suite.chat_templates import jinja
 from qlora_suite.conversations import Conversation
 from qlora_suite.files import file_table, folder_aside, hash_of, write_json
-from qlora_suite.model import load_config, load_tokenizer
 from qlora_suite.model_template import WAYS_TO_FAIL
 from qlora_suite.packing import packed
 from qlora_suite.parallel import in_order

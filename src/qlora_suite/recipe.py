@@ -460,6 +460,9 @@ class Evaluation(Section):
     """Stop after this many evaluations without a better one."""
     bootstrap_samples: Positive = free(2000)
     """scripts/evaluate.py: resamplings of the trees for the interval."""
+    base_formats: Literal["all", "trained"] = free("all")
+    """scripts/evaluate.py: the chat formats in which the base is scored, `trained` in that of the run alone, a third of the work. The first
+    run of a chain shows by `all` whether plain text suits the base better; later ones are compared with what they began with."""
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluation":
@@ -605,6 +608,8 @@ class Recipe(Section):
                 problems.append(f"{place}.learn_after is for chat.format: text; a chat's roles say what is learnt")
             if source.tool_turns == "keep" and self.chat.format != "model":
                 problems.append(f"{place}.tool_turns: keep needs chat.format: model; other formats have no place for tools, use drop")
+        if text and self.evaluation.base_formats != "all":
+            problems.append("evaluation.base_formats has no effect with chat.format: text, the only one in which text is scored; remove it")
         problems += self._grpo_problems() if self.grpo is not None else []
         if problems:
             raise ValueError("\n".join(problems))

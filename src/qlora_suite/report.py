@@ -41,11 +41,18 @@ def base_line(report: Mapping[str, Any]) -> str:
         subject = "the model" if report["adapter"] else "the base"
         return f"{subject.capitalize()} needs {model['bits_per_byte']:.4f} bits per byte (perplexity {model['perplexity']:.2f})."
     difference, base = report["difference"], report["base"]
+    at_its_best = "at its best" if base_had_a_choice(report) else f"in the same format, {base['format']},"
     verdict = f"which is {difference['verdict']}" if difference["verdict"] else _too_few(difference["trees"])
     return (
-        f"The adapter needs {model['bits_per_byte']:.4f} bits per byte, the base at its best {base['bits_per_byte']:.4f}: "
+        f"The adapter needs {model['bits_per_byte']:.4f} bits per byte, the base {at_its_best} {base['bits_per_byte']:.4f}: "
         f"{difference['bits_per_byte']:+.4f}{_signed(difference['interval_95'])}, {verdict}."
     )
+
+
+def base_had_a_choice(report: Mapping[str, Any]) -> bool:
+    """Was the base scored in plain text, too, which may suit it better than a chat format that it has never seen?"""
+    asked_in = {name for name, cells in report["formats"].items() for column in cells if column.startswith("base")}
+    return len(asked_in) > 1 or asked_in == {"text"}
 
 
 def _start_line(report: Mapping[str, Any]) -> list[str]:
@@ -171,10 +178,11 @@ def reward_facts(report: Mapping[str, Any]) -> list[str]:
 def preference_facts(report: dict[str, Any]) -> list[str]:
     """How the pairs were compared, in sentences."""
     p = report["preferences"]
+    asked = "A base is asked in the format in which it is at its best, all others" if base_had_a_choice(report) else "All are asked"
     facts = [
         f"{p['pairs']:,} pairs under {p['trees']} trees; {p['left_out']:,} were left out, because an answer does not fit into "
         f"{report['window']:,} tokens behind as much of the conversation as the other one.",
-        "A base is asked in the format in which it is at its best, all others in the trained one. Ties count half.",
+        f"{asked} in the trained one. Ties count half.",
     ]
     if r := p["rewards"]:
         kind = ", of means over an answer's tokens" if r["length_normalized"] else ""
@@ -377,9 +385,11 @@ def facts(report: dict[str, Any]) -> list[str]:
         f"Each answer is scored once, behind as much of its conversation as fits into {report['window']:,} tokens; {cut_line(report)}.",
     ]
     if report["base"]:
+        best = f"{report['base']['format']} with {report['labels'][report['base']['column']]}"
         facts.append(
-            f"The base is scored in the trained format and in plain-text formats; the adapter is compared with the base's best score, "
-            f"{report['base']['format']} with {report['labels'][report['base']['column']]}."
+            f"The base is scored in the trained format and in plain-text formats; the adapter is compared with its best score, {best}."
+            if base_had_a_choice(report)
+            else f"The base is scored in the run's format alone ({best}); it may do better in plain text."
         )
     if report["adapter"]:
         facts.append(f"The checkpoint was chosen by: {report['chosen_by']}.")

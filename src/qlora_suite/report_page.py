@@ -26,6 +26,7 @@ from qlora_suite.loss_unit import loss_unit
 from qlora_suite.recipe_file import to_yaml
 from qlora_suite.report import (
     METHODS,
+    base_had_a_choice,
     before_of,
     benchmark_cell,
     benchmark_rows,
@@ -196,7 +197,8 @@ def _bits_hero(report: Mapping[str, Any]) -> dict[str, Any] | None:
         between = f" → {labels['start']}" if report["start"] else ""
         chosen = " Of the pairs' chosen answers." if report["preferences"] else ""
         ours = f"{labels['adapter']} ({report['adapter']['format']})"
-        note = f"Base at its best ({base['format']}, {labels[base['column']]}){between} → {ours}.{chosen}"
+        at_its_best = " at its best" if base_had_a_choice(report) else ""
+        note = f"Base{at_its_best} ({base['format']}, {labels[base['column']]}){between} → {ours}.{chosen}"
     return {
         "unit": "Bits per byte of held-out answers, lower is better",
         "numbers": [(_KINDS[name] if report["adapter"] else "to", f"{side['bits_per_byte']:.4f}") for name, side in sides.items()],

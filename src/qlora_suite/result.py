@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from qlora_suite import checkpoint
+from qlora_suite.base_config import load_config
 from qlora_suite.files import errors_name, flush, write_json
-from qlora_suite.model import load_config
 from qlora_suite.recipe import Recipe
 from qlora_suite.tracking import say
 

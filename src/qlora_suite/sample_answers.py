@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qlora_suite import fast_paths
 from qlora_suite.assistant import Assistant, load
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation, Turn
@@ -120,6 +121,7 @@ def answer_all(
         if not names:
             continue
         assistant = load(replace(subject, adapter=adapter), device, dtype)
+        fast_paths.take_to_answer(assistant.net, subject.recipe.speed, dtype, subject.recipe.data.max_length)
         yield
         for name in names:
             with assistant.as_base() if name == "base" and assistant.has_adapter else contextlib.nullcontext():

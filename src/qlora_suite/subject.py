@@ -16,10 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_suite import start_from
 from qlora_suite.adapter import adapter_folder
+from qlora_suite.base_config import load_config, load_tokenizer
 from qlora_suite.chat import Renderer
 from qlora_suite.checkpoint import complaint_about_checkpoint
 from qlora_suite.files import hash_of, read_json
-from qlora_suite.model import base_fingerprint, check_reachable, load_config, load_tokenizer
+from qlora_suite.model import base_fingerprint, check_reachable
 from qlora_suite.prequantized import quantization_of, record_of, source_of
 from qlora_suite.recipe import Chat, Model, Recipe
 from qlora_suite.recipe_file import load
@@ -143,7 +144,7 @@ def renderers_of(subject: Subject, manifest: dict[str, Any]) -> tuple[Renderer, 
     else:
         ours = Renderer(prepared_tokenizer(Path(recipe.data.prepared)), chat, RoleMarkers.from_json(manifest["role_markers"]))
         of_base = {subject.format: ours}
-    for name in PLAIN_FORMATS if subject.format != "text" else ():
+    for name in PLAIN_FORMATS if subject.format != "text" and recipe.evaluation.base_formats == "all" else ():
         if name not in of_base:
             of_base[name] = _renderer(base_tokenizer, Chat(format=name), recipe.model)
     return ours, of_base
