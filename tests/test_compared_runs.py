@@ -108,6 +108,15 @@ def test_one_result_twice_is_no_second_seed(runs: Path, tmp_path: Path) -> None:
     assert any("one result twice" in note for note in notes(compared))
 
 
+def test_gains_against_a_base_in_one_format_are_no_gains_against_its_best(runs: Path, tmp_path: Path) -> None:
+    report = read_json(runs / "second" / "report.json")
+    other = changed(runs / "second", tmp_path / "other", formats={"oasst": report["formats"]["oasst"]})
+    words = "the gains against it do not compare"
+    for second, expected in ((runs / "second", False), (other, True)):
+        (compared,) = comparison_of([runs / "first", second])
+        assert any(words in note for note in notes(compared)) is expected
+
+
 def test_runs_scored_on_other_answers_stand_apart(runs: Path, tmp_path: Path) -> None:
     report = read_json(runs / "first" / "report.json")
     window = changed(runs / "second", tmp_path / "window", window=128)

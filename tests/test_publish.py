@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from qlora_suite import base_origin, hub_folder, hub_upload, leaks, model_card
 from qlora_suite.assistant import load
 from qlora_suite.conversations import Turn
-from qlora_suite.files import file_table, read_json, sha256
+from qlora_suite.files import file_table, read_json, sha256, write_json
 from qlora_suite.generation import answer
 from qlora_suite.recipe import Model
 from qlora_suite.subject import renderer_of, subject_of
@@ -218,6 +219,18 @@ def test_data_of_the_hub_are_named_and_oasst1_is_credited(run: Path) -> None:
     assert (card.data.datasets, card.data.license) == (["OpenAssistant/oasst1"], "apache-2.0")
     assert "published under Apache-2.0" in card.text
     assert sha256(OASST1) == model_card.EMBEDDED
+
+
+def test_the_card_says_in_which_formats_the_base_was_scored(run: Path) -> None:
+    report = read_json(run / "report.json")
+    for formats, expected in (
+        (report["formats"], "in several formats, and its best"),
+        ({"oasst": report["formats"]["oasst"]}, "in the same format"),
+    ):
+        write_json(run / "report.json", {**report, "formats": formats})
+        assert publish(run, "--repo", REPO, "--dry-run").code == 0
+        (sentence,) = re.findall(r"The base is\s+scored [^.;]*", ModelCard.load(run / "hub" / "README.md").text)
+        assert expected in sentence
 
 
 @pytest.mark.parametrize("how", ["none", "of another result"])

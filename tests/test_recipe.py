@@ -209,6 +209,10 @@ TEXT = ("chat.format=text",)
         (("adapter=none",), "adapter: none trains every weight, which nf4 forbids"),
         (("output.final_dtype=float16",), "output.final_dtype has an effect with adapter: none alone"),
         ((*TEXT, "evaluation.base_formats=trained"), "evaluation.base_formats has no effect with chat.format: text"),
+        (
+            ("adapter=none", "model.quantization=none", "model.random_init=true", "evaluation.base_formats=trained"),
+            "evaluation.base_formats has no effect with model.random_init",
+        ),
         (("adapter.init=pissa",), "adapter.init: pissa needs an unquantised base"),
         (("adapter.init=olora", "model.quantization=int8"), "adapter.init: olora needs an unquantised base"),
         (("adapter.init=orthogonal",), "adapter.init: orthogonal needs an unquantised base"),

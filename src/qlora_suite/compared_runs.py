@@ -22,6 +22,7 @@ from qlora_suite.evaluation import bootstrapped
 from qlora_suite.files import check_version, hash_of, read_json
 from qlora_suite.recipe import Recipe, curve_keys, flatten
 from qlora_suite.recipe_file import load
+from qlora_suite.report import base_had_a_choice
 from qlora_suite.run_facts import DATA
 from qlora_suite.sample_answers import CONCISE_WORDS
 from qlora_suite.tracking import read_journal
@@ -273,6 +274,8 @@ def notes(compared: ComparedSet) -> list[str]:
         if len(words) == 1:
             why = "were judged by other versions of a reward's file, or answered other prompts, or at another length"
         found.append(f"The mean reward is left out, for the runs {why}.")
+    if len({base_had_a_choice(run.report) for entry in compared.entries for run in entry.runs}) > 1:
+        found.append("The base was scored in other formats for some (evaluation.base_formats): the gains against it do not compare.")
     twice = [e.name for e in compared.entries for o in compared.entries if e is not o and _same(e, o)]
     if twice:
         found.append(f"{', '.join(twice)} have the same settings and the same seed: one result twice, no second seed.")

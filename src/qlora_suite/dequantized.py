@@ -52,11 +52,12 @@ def keep_copies(net: nn.Module, dtype: torch.dtype) -> int:
     return taken
 
 
-def drop_copies(net: nn.Module) -> None:
-    """Undo `keep_copies`, however far it has come."""
-    for module in net.modules():
-        if vars(module).pop("unpacked", None) is not None:
-            vars(module).pop("forward", None)
+def drop_copies(net: nn.Module) -> bool:
+    """Undo `keep_copies`, however far it has come. Were there any?"""
+    with_copies = [module for module in net.modules() if vars(module).pop("unpacked", None) is not None]
+    for module in with_copies:
+        vars(module).pop("forward", None)
+    return bool(with_copies)
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:

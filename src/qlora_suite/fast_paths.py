@@ -48,18 +48,20 @@ class FastPaths:
 
 
 def take_to_score(net: nn.Module, speed: Speed, dtype: torch.dtype, longest: int) -> FastPaths:
-    """`take` for a model of which only losses are asked, on one process. It keeps no copies of weights: each is unpacked once for all the
-    rows of a batch, which are many.
+    """`take` for a model of which only losses are asked, on one process; nothing of it is trained any more. It keeps no copies of weights:
+    each is unpacked once for all the rows of a batch, which are many.
     """
+    net.requires_grad_(False)  # or the trial would take the gradient of every weight that a base holds
     base = net.get_base_model() if isinstance(net, PeftModel) else net
     without_copies = speed.model_copy(update={"dequantize_once": False, "compile": False})
     return take(net, base, without_copies, dtype, longest, packed=False, engine=compatibility.ONE)
 
 
 def take_to_answer(net: nn.Module, speed: Speed, dtype: torch.dtype, longest: int) -> FastPaths:
-    """`take` for a model that answers, on one process. A few rows, a token at a time, would unpack the weights for each: it keeps copies
-    where there is room (a quarter of the memory), whatever training was asked to keep.
+    """`take` for a model that answers, on one process; nothing of it is trained any more. Of a few rows each token would unpack the weights
+    anew: it keeps copies where there is room, unless `speed.dequantize_once` is false (true, which is for training, is taken as auto).
     """
+    net.requires_grad_(False)
     base = net.get_base_model() if isinstance(net, PeftModel) else net
     where_there_is_room = {"dequantize_once": False if speed.dequantize_once is False else "auto", "compile": False}
     return take(net, base, speed.model_copy(update=where_there_is_room), dtype, longest, packed=False, engine=compatibility.ONE)

@@ -461,8 +461,9 @@ class Evaluation(Section):
     bootstrap_samples: Positive = free(2000)
     """scripts/evaluate.py: resamplings of the trees for the interval."""
     base_formats: Literal["all", "trained"] = free("all")
-    """scripts/evaluate.py: the chat formats in which the base is scored, `trained` in that of the run alone, a third of the work. The first
-    run of a chain shows by `all` whether plain text suits the base better; later ones are compared with what they began with."""
+    """scripts/evaluate.py: the chat formats in which the base is scored, by `trained` in that of the run alone, a third of the work. It is
+    for later runs of a chain: whether plain text suits the base better, the first one has shown by `all`. What does not fit into the window
+    in one of the formats is cut in all, so `trained` may cut less."""
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluation":
@@ -575,6 +576,8 @@ class Recipe(Section):
                 problems.append(
                     f"adapter.init: {self.adapter.init} needs an unquantised base; use default or gaussian, or model.quantization: none"
                 )
+        if self.model.random_init and self.evaluation.base_formats != "all":
+            problems.append("evaluation.base_formats has no effect with model.random_init, which leaves no base to be scored; remove it")
         text = self.chat.format == "text"
         if self.dpo is not None:
             if self.adapter == "none":

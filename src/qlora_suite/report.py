@@ -50,7 +50,7 @@ def base_line(report: Mapping[str, Any]) -> str:
 
 
 def base_had_a_choice(report: Mapping[str, Any]) -> bool:
-    """Was the base scored in plain text, too, which may suit it better than a chat format that it has never seen?"""
+    """Was the base scored in other formats, too, one of which may suit it better? For `text` there is no other."""
     asked_in = {name for name, cells in report["formats"].items() for column in cells if column.startswith("base")}
     return len(asked_in) > 1 or asked_in == {"text"}
 
@@ -178,11 +178,12 @@ def reward_facts(report: Mapping[str, Any]) -> list[str]:
 def preference_facts(report: dict[str, Any]) -> list[str]:
     """How the pairs were compared, in sentences."""
     p = report["preferences"]
-    asked = "A base is asked in the format in which it is at its best, all others" if base_had_a_choice(report) else "All are asked"
+    choice = base_had_a_choice(report)
+    asked = "A base is asked in the format in which it is at its best, all others" if choice else "All are asked"
     facts = [
         f"{p['pairs']:,} pairs under {p['trees']} trees; {p['left_out']:,} were left out, because an answer does not fit into "
         f"{report['window']:,} tokens behind as much of the conversation as the other one.",
-        f"{asked} in the trained one. Ties count half.",
+        f"{asked} in the trained {'one' if choice else 'format'}. Ties count half.",
     ]
     if r := p["rewards"]:
         kind = ", of means over an answer's tokens" if r["length_normalized"] else ""
@@ -386,11 +387,13 @@ def facts(report: dict[str, Any]) -> list[str]:
     ]
     if report["base"]:
         best = f"{report['base']['format']} with {report['labels'][report['base']['column']]}"
-        facts.append(
-            f"The base is scored in the trained format and in plain-text formats; the adapter is compared with its best score, {best}."
-            if base_had_a_choice(report)
-            else f"The base is scored in the run's format alone ({best}); it may do better in plain text."
-        )
+        if len(report["formats"]) > 1:
+            compared = "in plain-text formats; the adapter is compared with its best score"
+            facts.append(f"The base is scored in the trained format and {compared}, {best}.")
+        else:
+            facts.append(f"The base is scored in the trained format alone: {best}.")
+            if not base_had_a_choice(report):
+                facts[-1] += " It may do better in another."
     if report["adapter"]:
         facts.append(f"The checkpoint was chosen by: {report['chosen_by']}.")
     if report["difference"]:

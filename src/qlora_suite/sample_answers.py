@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qlora_suite import fast_paths
+from qlora_suite import dequantized, fast_paths
 from qlora_suite.assistant import Assistant, load
 from qlora_suite.chat import Renderer
 from qlora_suite.conversations import Conversation, Turn
@@ -114,7 +114,8 @@ def answer_all(
     """Write those of the files (`base`, `start`, `adapter`) that are not there, and stop after each batch; `on_token` hears of every token.
 
     `start` is the adapter of the file of that name, which is answered last: it has to be loaded in the other one's place.
-    Half as many prompts at once each time that a GPU's memory is short. Raises OutOfMemoryError if one is too much.
+    When a GPU's memory is short it first gives up the copies of weights, then half as many prompts at once. Raises OutOfMemoryError if one
+    is too much.
     """
     missing = [name for name, file in files.items() if not file.is_file()]
     for adapter, names in ((subject.adapter, [n for n in missing if n != "start"]), (start, [n for n in missing if n == "start"])):
@@ -140,10 +141,13 @@ def _all_answers(
         chats = [prompt.turns for prompt in prompts[len(answers) : len(answers) + size]]
         made = _answers_of(assistant, renderer, chats, max_new_tokens, on_token)
         if made is None:
-            if len(chats) == 1:
+            if dequantized.drop_copies(assistant.net):
+                size = len(chats)
+            elif len(chats) > 1:
+                size = len(chats) // 2
+            else:
                 raise torch.OutOfMemoryError("one prompt at a time is too much")
             release_memory()
-            size = len(chats) // 2
         answers += made or []
         yield
     return answers

@@ -131,11 +131,14 @@ def _file_name(place: str) -> str:
 
 
 def renderers_of(subject: Subject, manifest: dict[str, Any]) -> tuple[Renderer, dict[str, Renderer]]:
-    """How the subject reads a conversation, and how its base may: in the trained format (first) and in the plain-text ones.
+    """How the subject reads a conversation, and how its base may: in the trained format (first) and in the plain-text ones, unless
+    `evaluation.base_formats: trained`. Raises ValueError if that has no effect.
 
     Scores are of the answers, whatever was trained on.
     """
     recipe, chat = subject.recipe, _chat(subject)
+    if subject.format == "text" and recipe.evaluation.base_formats != "all":
+        raise ValueError("evaluation.base_formats has no effect on --format text, which is scored as text alone; set it to all")
     base_tokenizer = load_tokenizer(recipe.model)
     if subject.elsewhere:
         ours = renderer_of(subject)
