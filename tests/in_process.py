@@ -61,7 +61,7 @@ def train(recipe: Path, *overrides: str, by: str = "train") -> Path:
 
 def evaluate(target: Path, *overrides: str, **options: Any) -> dict[str, Any]:
     """Run scripts/evaluate.py on a recipe or a run's folder, with few and short answers. Returns report.json; leaves no state behind."""
-    subject = subject_of(target, list(overrides), options.get("adapter"))
+    subject = subject_of(target, list(overrides), *map(options.get, ("adapter", "model", "chat")))
     try:
         script("evaluate").run(target, list(overrides), **{"num_answers": 2, "answer_tokens": 12, **options})
     finally:

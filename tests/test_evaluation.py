@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import OASST1, MakeRecipe, run_script, write_recipe
-from in_process import prepared, script, train
+from in_process import evaluate, prepared, script, train
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -326,17 +325,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, oasst_fi
     return recipe
 
 
-def evaluate(target: Path, *overrides: str, **named: str) -> Any:
-    """scripts/evaluate.py in this process. Returns the report."""
-    subject = subject_of(target, list(overrides), **named)
-    try:
-        script("evaluate").run(target, list(overrides), **named)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    return read_json(subject.folder / f"{subject.report}.json")
-
-
 def test_a_run_is_compared_with_its_base_and_shown_at_once_the_second_time(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished.parent / "run"
     first = run_script("evaluate.py", run)
@@ -365,7 +353,8 @@ def test_a_run_is_compared_with_its_base_and_shown_at_once_the_second_time(finis
     assert "paired bootstrap over" in text
     assert f"{report['adapter']['bits_per_byte']:.4f}" in text
     monkeypatch.setattr(script("evaluate"), "load_column", None)  # every score is on disk
-    assert {**evaluate(run), "made_by": None} == {**report, "made_by": None}
+    again = evaluate(run, num_answers=None, answer_tokens=None)  # as many as the script takes by itself
+    assert {**again, "made_by": None} == {**report, "made_by": None}
 
 
 def test_a_base_that_is_scored_in_the_runs_format_alone_is_said_to_be(finished: Path, tmp_path: Path) -> None:
