@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, write_recipe
-from in_process import prepared, script, train
+from in_process import evaluate, prepared, script, train
 
 from qlora_suite.files import read_json
 
@@ -32,16 +31,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, oasst_file: 
     for name in RUNS:
         shutil.copytree(folder / "run", folder / name, ignore=shutil.ignore_patterns("checkpoints"))
     return folder
-
-
-def evaluate(run: Path) -> dict[str, Any]:
-    """scripts/evaluate.py in this process. Returns the report."""
-    try:
-        script("evaluate").run(run, [])
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    return read_json(run / "report.json")
 
 
 @pytest.fixture(scope="module")
