@@ -70,7 +70,7 @@ run_shown "${PYTHON_COMMAND[@]}" -m ruff format --check . || other=1
 check_shell_scripts || other=1
 tests=0
 # Two files at a time, each in one process: half the time on two cores, and memory for two. One thread each: those of two processes that
-# want both cores wait for each other in loops (measured: 168 s with two threads each, 109 s with one).
+# want both cores wait for each other in loops (three files took 168 s with two threads each, 109 s with one).
 run_shown export "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
 run_shown "${PYTHON_COMMAND[@]}" -m pytest -n 2 --dist loadfile ${pytest_arguments[@]+"${pytest_arguments[@]}"} || tests=$?
 

@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -51,20 +52,21 @@ def take_to_score(net: nn.Module, speed: Speed, dtype: torch.dtype, longest: int
     """`take` for a model of which only losses are asked, on one process; nothing of it is trained any more. It keeps no copies of weights:
     each is unpacked once for all the rows of a batch, which are many.
     """
-    net.requires_grad_(False)  # or the trial would take the gradient of every weight that a base holds
-    base = net.get_base_model() if isinstance(net, PeftModel) else net
-    without_copies = speed.model_copy(update={"dequantize_once": False, "compile": False})
-    return take(net, base, without_copies, dtype, longest, packed=False, engine=compatibility.ONE)
+    return _take_frozen(net, speed, dtype, longest, copies=False)
 
 
 def take_to_answer(net: nn.Module, speed: Speed, dtype: torch.dtype, longest: int) -> FastPaths:
     """`take` for a model that answers, on one process; nothing of it is trained any more. Of a few rows each token would unpack the weights
     anew: it keeps copies where there is room, unless `speed.dequantize_once` is false (true, which is for training, is taken as auto).
     """
-    net.requires_grad_(False)
+    return _take_frozen(net, speed, dtype, longest, copies="auto" if speed.dequantize_once else False)
+
+
+def _take_frozen(net: nn.Module, speed: Speed, dtype: torch.dtype, longest: int, copies: Literal["auto", False]) -> FastPaths:
+    net.requires_grad_(False)  # or the trial would take the gradient of every weight that a base holds
     base = net.get_base_model() if isinstance(net, PeftModel) else net
-    where_there_is_room = {"dequantize_once": False if speed.dequantize_once is False else "auto", "compile": False}
-    return take(net, base, speed.model_copy(update=where_there_is_room), dtype, longest, packed=False, engine=compatibility.ONE)
+    speed = speed.model_copy(update={"dequantize_once": copies, "compile": False})
+    return take(net, base, speed, dtype, longest, packed=False, engine=compatibility.ONE)
 
 
 def take(net: nn.Module, base: PreTrainedModel, speed: Speed, dtype: torch.dtype, longest: int, packed: bool, engine: str) -> FastPaths:
